@@ -1,0 +1,538 @@
+"""ScratchDQN: its settings, what is made of them, and what happens at each step."""
+
+import pathlib
+import warnings
+from copy import deepcopy
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import json_to_data
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_scratch_dqn import checks, conversion
+from sb3_scratch_dqn.engines import ENGINE_NAMES, choose_engine
+from sb3_scratch_dqn.exploration import EXPLORATION_SCHEDULES, Actions, epsilon_greedy, make_epsilon_schedule
+from sb3_scratch_dqn.heads import LOSSES
+from sb3_scratch_dqn.networks import QNetwork
+from sb3_scratch_dqn.policies import CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
+from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source
+from sb3_scratch_dqn.replay.stores import Array, Observation
+from sb3_scratch_dqn.target_sync import make_target_sync
+
+if TYPE_CHECKING:
+    from stable_baselines3.dqn import DQN
+
+SelfScratchDQN = TypeVar("SelfScratchDQN", bound="ScratchDQN")
+
+
+class ScratchDQN(OffPolicyAlgorithm):
+    """Deep Q-Network, from scratch (https://arxiv.org/abs/1312.5602, https://www.nature.com/articles/nature14236).
+
+    The positional parameters are those of SB3's ``DQN``, with the same defaults; the keyword-only ones come on top.
+    With these at their defaults it computes what SB3's ``DQN`` computes, to the last bit, in one environment;
+    in several, each environment has an epsilon coin of its own.
+
+    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or a subclass of ``DQNPolicy``
+    :param env: the environment to learn from, or its name
+    :param learning_rate: of the optimiser, or a function of the remaining progress (1 to 0)
+    :param buffer_size: transitions that replay keeps, at least ``batch_size``
+    :param learning_starts: environment steps taken at random before the first update
+    :param batch_size: transitions in a gradient step
+    :param tau: how far the target network moves at each of its updates; 1 copies the online network
+    :param gamma: the discount of one step
+    :param train_freq: environment steps between updates, or ``(1, "episode")`` for episodes
+    :param gradient_steps: gradient steps in an update; -1 for as many as environment steps since the last one
+    :param replay_buffer_class: another replay buffer than :class:`ScratchReplayBuffer`, such as ``HerReplayBuffer``
+    :param replay_buffer_kwargs: its arguments
+    :param optimize_memory_usage: keep each observation once;
+        needs ``replay_buffer_kwargs=dict(handle_timeout_termination=False)``
+    :param n_steps: learn from returns of this many steps; also with ``Dict`` observations and several environments
+    :param target_update_interval: environment steps between updates of the target network,
+        or ``(10, "episode")`` for episodes
+    :param exploration_fraction: the part of the training over which a linear epsilon falls
+    :param exploration_initial_eps: probability of a random action at the beginning
+    :param exploration_final_eps: and at the end
+    :param max_grad_norm: gradients are scaled down to this norm; infinity leaves them alone
+    :param stats_window_size: episodes over which logged returns and lengths are averaged
+    :param tensorboard_log: folder for TensorBoard
+    :param policy_kwargs: arguments of the policy
+    :param verbose: 0 for no output, 1 for information, 2 for debugging
+    :param seed: of every random generator
+    :param device: where to compute; ``"auto"`` takes a GPU if there is one
+    :param _init_setup_model: build the networks right away
+    :param loss: ``"huber"`` or ``"mse"``
+    :param exploration_schedule: ``"linear"`` over ``exploration_fraction``; ``"exponential"``: multiplied by
+        ``exploration_decay`` after each episode; or a function of the remaining progress (1 to 0)
+    :param exploration_decay: the factor of an exponential schedule
+    :param engine: how updates are executed: ``"auto"``, the fastest that serves these settings, or ``"eager"``
+    :raises ValueError: for settings that cannot work, naming the first of them
+    :raises AssertionError: for an environment whose actions are not ``Discrete``
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    # What a saved ScratchDQN knows of itself, and models of other algorithms do not
+    own_settings: ClassVar[tuple[str, ...]] = ("loss", "exploration_schedule", "exploration_decay", "engine")
+
+    policy: DQNPolicy
+    q_net: QNetwork
+    q_net_target: QNetwork
+
+    def __init__(
+        self,
+        policy: str | type[DQNPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 1e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 32,
+        tau: float = 1.0,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 4,
+        gradient_steps: int = 1,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        target_update_interval: int | tuple[int, str] = 10_000,
+        exploration_fraction: float = 0.1,
+        exploration_initial_eps: float = 1.0,
+        exploration_final_eps: float = 0.05,
+        max_grad_norm: float = 10,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        loss: str = "huber",
+        exploration_schedule: str | Schedule = "linear",
+        exploration_decay: float = 0.995,
+        engine: str = "auto",
+    ) -> None:
+        checks.check_count("stats_window_size", stats_window_size)
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            support_multi_env=True,
+        )
+        # Every argument is an attribute of its name, and what follows from them is made in _setup_model:
+        # loading a model writes new settings into the attributes, then calls it.
+        self.target_update_interval = target_update_interval
+        self.exploration_fraction = exploration_fraction
+        self.exploration_initial_eps = exploration_initial_eps
+        self.exploration_final_eps = exploration_final_eps
+        self.max_grad_norm = max_grad_norm
+        self.loss = loss
+        self.exploration_schedule = exploration_schedule
+        self.exploration_decay = exploration_decay
+        self.engine = engine
+
+        self.exploration_rate = 0.0  # until the first step, as in SB3
+        self._n_calls = 0  # of env.step()
+        self._episodes_finished = 0  # since learn() last set the counters back
+        self._episodes_ended_now = 0  # by the last call of env.step()
+
+        if _init_setup_model:
+            checks.check_buffer_holds_batch(self.buffer_size, self.batch_size)
+            self._setup_model()
+
+    def _check_settings(self) -> None:
+        if self.env is not None:
+            checks.check_action_space(self.action_space)
+        if not issubclass(self.policy_class, DQNPolicy):
+            raise ValueError(f"policy={self.policy_class!r} must be a subclass of sb3_scratch_dqn.DQNPolicy")
+        if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, ReplayBuffer):
+            raise ValueError(
+                f"replay_buffer_class={self.replay_buffer_class!r} must be a subclass of SB3's ReplayBuffer"
+            )
+        for name in ("buffer_size", "batch_size", "n_steps"):
+            checks.check_count(name, getattr(self, name))
+        checks.check_count("learning_starts", self.learning_starts, minimum=0)
+        checks.check_count("gradient_steps", self.gradient_steps, minimum=-1)
+        for name in ("tau", "gamma", "exploration_fraction", "exploration_decay"):
+            checks.check_fraction(name, getattr(self, name))
+        for name in ("exploration_initial_eps", "exploration_final_eps"):
+            checks.check_fraction(name, getattr(self, name))
+        checks.check_positive("max_grad_norm", self.max_grad_norm)
+        checks.check_learning_rate(self.learning_rate)
+        checks.check_choice("loss", self.loss, LOSSES)
+        checks.check_choice("engine", self.engine, ENGINE_NAMES)
+        if not callable(self.exploration_schedule):
+            checks.check_choice("exploration_schedule", self.exploration_schedule, EXPLORATION_SCHEDULES)
+        unit = checks.parse_frequency("train_freq", self.train_freq)[1]
+        if unit == "episode" and self.n_envs > 1:
+            raise ValueError(
+                f"train_freq={self.train_freq!r} counts episodes, which needs one environment, "
+                f"but env has {self.n_envs}: count steps instead"
+            )
+
+    def _setup_model(self) -> None:
+        self._check_settings()
+        target_interval = checks.parse_frequency("target_update_interval", self.target_update_interval)
+        self.train_freq = checks.parse_frequency("train_freq", self.train_freq)
+        self._convert_train_freq()
+
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        if self.replay_buffer is None:
+            self.replay_buffer = self._make_replay_buffer()
+        policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs)
+        assert isinstance(policy, DQNPolicy)
+        self.policy = policy.to(self.device)
+        self._create_aliases()
+        # Batch normalisation keeps running statistics, which polyak averaging of parameters does not reach
+        self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
+
+        self._epsilon_schedule = make_epsilon_schedule(
+            self.exploration_schedule,
+            self.exploration_initial_eps,
+            self.exploration_final_eps,
+            self.exploration_fraction,
+            self.exploration_decay,
+        )
+        self._target_sync = make_target_sync(target_interval, self.n_envs)
+        self._engine = choose_engine(self.engine, self.policy, LOSSES[self.loss])
+
+        frequency, unit = target_interval
+        if unit == "step" and self.n_envs > 1 and self.n_envs > frequency:
+            warnings.warn(
+                "The number of environments used is greater than the target network "
+                f"update interval ({self.n_envs} > {frequency}), "
+                "therefore the target network will be updated after each call to env.step() "
+                f"which corresponds to {self.n_envs} steps.",
+                stacklevel=2,
+            )
+
+    def _make_replay_buffer(self) -> ReplayBuffer:
+        buffer_class = self.replay_buffer_class or ScratchReplayBuffer
+        kwargs = dict(self.replay_buffer_kwargs)
+        if issubclass(buffer_class, ScratchReplayBuffer):
+            kwargs = {"n_steps": self.n_steps, "gamma": self.gamma, **kwargs}
+        elif self.n_steps > 1:
+            warnings.warn(
+                f"`n_steps={self.n_steps}` is ignored because `replay_buffer_class={buffer_class.__name__}` was given: "
+                "configure that buffer by `replay_buffer_kwargs` instead, if it can fold several steps",
+                stacklevel=2,
+            )
+        if issubclass(buffer_class, HerReplayBuffer):
+            if self.env is None:
+                raise ValueError(
+                    f"env=None: a {buffer_class.__name__} needs the environment to compute rewards; pass env"
+                )
+            kwargs["env"] = self.env
+        return buffer_class(
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            n_envs=self.n_envs,
+            optimize_memory_usage=self.optimize_memory_usage,
+            **kwargs,
+        )
+
+    def _create_aliases(self) -> None:
+        self.q_net = self.policy.q_net
+        self.q_net_target = self.policy.q_net_target
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        checks.check_choice("policy", policy_name, self.policy_aliases)
+        return self.policy_aliases[policy_name]
+
+    # Training
+
+    def learn(
+        self: SelfScratchDQN,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "ScratchDQN",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfScratchDQN:
+        """Train.
+
+        :param total_timesteps: environment steps to take, at least
+        :param callback: called at every step
+        :param log_interval: episodes between logs; ``None`` for none
+        :param tb_log_name: of the run, in TensorBoard
+        :param reset_num_timesteps: begin the schedules anew
+        :param progress_bar: show one
+        """
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        # Again, because a model may have been loaded with a small buffer, which serves as long as it only predicts
+        checks.check_buffer_holds_batch(self.buffer_size, self.batch_size)
+        if reset_num_timesteps:
+            self._episodes_finished = 0
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[Array, Array]:
+        if self.num_timesteps < learning_starts:
+            actions: Array = np.array([self.action_space.sample() for _ in range(n_envs)])
+        else:
+            assert self._last_obs is not None
+            actions = self._explore(self._last_obs, n_envs)
+        return actions, actions
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: Array,
+        new_obs: Observation,
+        reward: Array,
+        dones: Array,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self._episodes_ended_now = int(np.count_nonzero(dones))
+        self._episodes_finished += self._episodes_ended_now
+
+    def _on_step(self) -> None:
+        self._n_calls += 1
+        if self._target_sync.due(self._n_calls, self._episodes_finished, self._episodes_ended_now):
+            polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
+            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        self.exploration_rate = self._epsilon_schedule(self._current_progress_remaining, self._episodes_finished)
+        self.logger.record("rollout/exploration_rate", self.exploration_rate)
+
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        """Take some gradient steps.
+
+        :param gradient_steps: how many
+        :param batch_size: transitions in each
+        """
+        assert self.replay_buffer is not None
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        draw = partial(batch_source(self.replay_buffer, self._vec_normalize_env, self.gamma), batch_size)
+        losses = self._engine.train(draw, gradient_steps, self.max_grad_norm)
+        self._n_updates += gradient_steps
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/loss", np.mean(losses))
+
+    # Acting
+
+    def predict(
+        self,
+        observation: Observation,
+        state: tuple[Array, ...] | None = None,
+        episode_start: Array | None = None,
+        deterministic: bool = False,
+    ) -> tuple[Array, tuple[Array, ...] | None]:
+        """Choose actions: the greedy ones, or random ones with probability ``exploration_rate``.
+
+        :param observation: one observation, or a batch of them
+        :param state: passed through; DQN has no memory
+        :param episode_start: not used
+        :param deterministic: always the greedy action
+        :return: an action for each observation, and ``state``
+        """
+        if deterministic:
+            return self.policy.predict(observation, state, episode_start, deterministic)
+        if not self.policy.is_vectorized_observation(observation):
+            if np.random.rand() < self.exploration_rate:
+                return np.array(self.action_space.sample()), state
+            return self.policy.predict(observation, state, episode_start)
+        first = next(iter(observation.values())) if isinstance(observation, dict) else observation
+        return self._explore(observation, len(first)), state
+
+    def _explore(self, observation: Observation, n_envs: int) -> Actions:
+        return epsilon_greedy(
+            self.exploration_rate, n_envs, self.action_space.sample, lambda: self.policy.predict(observation)[0]
+        )
+
+    def q_values(self, observation: Observation) -> Array:
+        """The value of each action.
+
+        :param observation: one observation, or ``B`` of them
+        :return: ``(B, A)``, with ``B = 1`` for one observation
+        """
+        return self.policy.q_values(observation)
+
+    # Environments, parameters and files
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """Go on in another environment, of the same spaces.
+
+        :param env: the environment
+        :param force_reset: reset it before training goes on
+        :raises ValueError: if its spaces differ from the model's
+        """
+        env = self._wrap_env(env, self.verbose)
+        self._check_env(env, self.observation_space, self.action_space)
+        super().set_env(env, force_reset)
+
+    @staticmethod
+    def _check_env(env: GymEnv, observation_space: Any, action_space: Any) -> None:
+        checks.check_same_spaces("env", env.observation_space, env.action_space, observation_space, action_space)
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """Replace the parameters of the networks and the optimiser; if that fails, leave them as they were.
+
+        :param load_path_or_dict: a saved model, or what ``get_parameters`` gave
+        :param exact_match: refuse parameters that are not just those of this model
+        :param device: where to load a saved model
+        :raises ValueError: if objects are missing or unknown, or the file is no model
+        :raises RuntimeError: if names or shapes of parameters differ
+        """
+        if not isinstance(load_path_or_dict, dict):
+            checks.read_model_settings(load_path_or_dict, type(self).__name__, own_settings=())
+        before = deepcopy(self.get_parameters())
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except Exception:
+            super().set_parameters(before)  # type: ignore[arg-type]
+            raise
+
+    @classmethod
+    def load(
+        cls: type[SelfScratchDQN],
+        path: checks.Path,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfScratchDQN:
+        """Load a saved model.
+
+        :param path: the file, with or without its ``.zip``
+        :param env: to go on in; not needed to predict
+        :param device: where to compute
+        :param custom_objects: replacements for saved settings
+        :param print_system_info: print the versions that the model was saved with
+        :param force_reset: reset the environment before training goes on
+        :param kwargs: settings to change
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if the file is not a whole model of this algorithm, or ``env`` has other spaces than it
+        """
+        hint = "; ScratchDQN.from_sb3() reads models that SB3's DQN saved"
+        saved = checks.read_model_settings(path, cls.__name__, cls.own_settings, hint)
+        if env is not None:
+            model_spaces = json_to_data(
+                checks.subset_as_json(saved, ("observation_space", "action_space")), custom_objects
+            )
+            env = cls._wrap_env(env, saved["verbose"])
+            cls._check_env(env, **model_spaces)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def load_replay_buffer(self, path: checks.Path, truncate_last_traj: bool = True) -> None:
+        """Load a saved replay buffer, this package's or SB3's; the file is a pickle, so trust whom it comes from.
+
+        :param path: the file, with or without its ``.pkl``
+        :param truncate_last_traj: with ``HerReplayBuffer``, end the last episode in the buffer where it was cut
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if the file is no replay buffer, or one of other spaces or another number of environments
+        """
+        buffer = checks.read_replay_buffer(path)
+        what = f"the replay buffer in path={path!r}"
+        checks.check_same_spaces(
+            what, buffer.observation_space, buffer.action_space, self.observation_space, self.action_space
+        )
+        if buffer.n_envs != self.n_envs:
+            raise ValueError(f"{what} has n_envs={buffer.n_envs}, but must have n_envs={self.n_envs}, as the model")
+        if isinstance(buffer, HerReplayBuffer):
+            if self.env is None:
+                raise ValueError(f"env=None: {what} needs the environment to compute rewards; call set_env() first")
+            buffer.set_env(self.env)
+            if truncate_last_traj:
+                buffer.truncate_last_trajectory()
+        if isinstance(buffer, ScratchReplayBuffer):
+            # How steps are folded is a setting of the model, not part of what was stored
+            buffer.n_steps = self.n_steps
+        buffer.device = self.device
+        self.replay_buffer = buffer
+
+    def _excluded_save_params(self) -> list[str]:
+        made_by_setup = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target"]
+        return [*super()._excluded_save_params(), *made_by_setup, "_epsilon_schedule", "_target_sync", "_engine"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+    # SB3's DQN
+
+    @classmethod
+    def from_sb3(
+        cls: type[SelfScratchDQN],
+        model: "DQN | str | pathlib.Path",
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        **settings: Any,
+    ) -> SelfScratchDQN:
+        """Make a ScratchDQN of a DQN of SB3: it predicts and goes on learning as that would, to the last bit.
+
+        Networks, optimiser, counters, settings and replay are copied; the environment is shared.
+
+        :param model: the model, or the file that it was saved to
+        :param env: for a file, the environment to go on in
+        :param device: for a file, where to compute
+        :param settings: settings to change, such as ``loss="mse"``
+        :raises ValueError: if the model is no DQN of SB3, or has a policy class of its own
+        """
+        return conversion.from_sb3(cls, model, env, device, settings)
+
+    def to_sb3(self) -> "DQN":
+        """Make a DQN of SB3, which predicts and goes on learning as this one would; it warns of settings SB3 lacks.
+
+        :raises ValueError: if the policy class or the replay buffer has no counterpart in SB3
+        """
+        return conversion.to_sb3(self)

@@ -1,0 +1,90 @@
+"""How often to act at random, and acting so.
+
+Schedules are asked once an environment step. ``progress_remaining`` goes from 1 to 0 over the steps that ``learn()``
+was given; ``episodes`` counts the finished ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import LinearSchedule
+
+Actions = npt.NDArray[np.generic]
+
+EXPLORATION_SCHEDULES = ("linear", "exponential")
+
+
+class EpsilonSchedule(Protocol):
+    """The probability of a random action."""
+
+    def __call__(self, progress_remaining: float, episodes: int) -> float:
+        """Epsilon, in [0, 1]."""
+
+
+@dataclass
+class ProgressEpsilon:
+    """Epsilon as a function of the remaining progress alone."""
+
+    schedule: Schedule
+
+    def __call__(self, progress_remaining: float, episodes: int) -> float:
+        """Epsilon at this progress."""
+        return self.schedule(progress_remaining)
+
+
+@dataclass
+class ExponentialEpsilon:
+    """Epsilon multiplied by ``decay`` after each episode, down to ``final``."""
+
+    initial: float
+    final: float
+    decay: float
+
+    def __call__(self, progress_remaining: float, episodes: int) -> float:
+        """Epsilon after this many episodes."""
+        return max(self.final, self.initial * self.decay**episodes)
+
+
+def make_epsilon_schedule(
+    schedule: str | Schedule, initial: float, final: float, fraction: float, decay: float
+) -> EpsilonSchedule:
+    """Turn the settings of an algorithm into a schedule.
+
+    :param schedule: ``"linear"``, ``"exponential"`` or a function of the remaining progress
+    :param initial: epsilon at the beginning
+    :param final: epsilon at the end
+    :param fraction: the part of the training over which a linear schedule falls
+    :param decay: the factor per episode of an exponential one
+    """
+    if schedule == "linear":
+        return ProgressEpsilon(LinearSchedule(initial, final, fraction))
+    if schedule == "exponential":
+        return ExponentialEpsilon(initial, final, decay)
+    assert callable(schedule)
+    return ProgressEpsilon(schedule)
+
+
+def epsilon_greedy(
+    epsilon: float, n_envs: int, random_action: Callable[[], np.generic], greedy_actions: Callable[[], Actions]
+) -> Actions:
+    """Choose an action for each environment, each with a coin of its own.
+
+    With one environment it draws from NumPy's global generator and from ``random_action`` what SB3's DQN draws.
+
+    :param epsilon: probability that a coin says "random"
+    :param n_envs: number of environments
+    :param random_action: gives one random action
+    :param greedy_actions: gives the greedy actions of all environments, ``(n_envs,)``; not asked if nobody wants one
+    :return: ``(n_envs,)``
+    """
+    explores = np.random.rand(n_envs) < epsilon
+    if explores.all():
+        return np.array([random_action() for _ in range(n_envs)])
+    actions = greedy_actions()
+    for env in np.flatnonzero(explores):
+        actions[env] = random_action()
+    return actions

@@ -1,0 +1,145 @@
+"""The policies: an online network, its target, and the optimiser of the online one."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_scratch_dqn.heads import ExpectedHead, ValueHead
+from sb3_scratch_dqn.networks import QNetwork
+
+
+class DQNPolicy(BasePolicy):
+    """Acts greedily on an online network, and holds the target network beside it.
+
+    :param observation_space: what the policy sees
+    :param action_space: what it chooses from
+    :param lr_schedule: learning rate as a function of the remaining progress, 1 to 0
+    :param net_arch: widths of the hidden layers; by default ``[64, 64]``, and none behind a ``NatureCNN``
+    :param activation_fn: follows every hidden layer
+    :param features_extractor_class: turns observations into features; by default the policy's own
+    :param features_extractor_kwargs: its arguments
+    :param normalize_images: divide images by 255
+    :param optimizer_class: updates the online network
+    :param optimizer_kwargs: its arguments, all but the learning rate
+    """
+
+    default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
+
+    q_net: QNetwork
+    q_net_target: QNetwork
+    action_space: spaces.Discrete
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        net_arch: list[int] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if features_extractor_class is None:
+            features_extractor_class = self.default_features_extractor_class
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            normalize_images=normalize_images,
+        )
+        if net_arch is None:
+            net_arch = [] if features_extractor_class == NatureCNN else [64, 64]
+        self.net_arch = net_arch
+        self.activation_fn = activation_fn
+        self.head: ValueHead = ExpectedHead()
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.q_net = self.make_q_net()
+        self.q_net_target = self.make_q_net()
+        self.q_net_target.load_state_dict(self.q_net.state_dict())
+        self.q_net_target.set_training_mode(False)
+        self.optimizer = self.optimizer_class(
+            self.q_net.parameters(),
+            lr=lr_schedule(1),  # type: ignore[call-arg]  # every optimiser takes it, but not their base class
+            **self.optimizer_kwargs,
+        )
+
+    def make_q_net(self) -> QNetwork:
+        """Make a network with a features extractor of its own."""
+        features_extractor = self.make_features_extractor()
+        return QNetwork(
+            self.observation_space,
+            self.action_space,
+            features_extractor,
+            features_extractor.features_dim,
+            self.net_arch,
+            self.head,
+            self.activation_fn,
+            self.normalize_images,
+        ).to(self.device)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        """Greedy actions, ``(B,)``."""
+        return self._predict(obs, deterministic=deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        return self.q_net._predict(observation, deterministic=deterministic)
+
+    def q_values(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+        """Action values of one observation or of ``B`` of them.
+
+        :return: ``(B, A)``, with ``B = 1`` for one observation
+        """
+        self.set_training_mode(False)
+        obs, _ = self.obs_to_tensor(observation)
+        with th.no_grad():
+            values: np.ndarray = self.q_net(obs).cpu().numpy()
+        return values
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Switch batch normalisation and dropout of the online network; the target network never trains.
+
+        :param mode: true to train, false to evaluate
+        """
+        self.q_net.set_training_mode(mode)
+        self.training = mode
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            **super()._get_constructor_parameters(),
+            "net_arch": self.net_arch,
+            "activation_fn": self.activation_fn,
+            "lr_schedule": self._dummy_schedule,  # a policy that is loaded on its own does not train
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+            "features_extractor_class": self.features_extractor_class,
+            "features_extractor_kwargs": self.features_extractor_kwargs,
+        }
+
+
+MlpPolicy = DQNPolicy
+
+
+class CnnPolicy(DQNPolicy):
+    """For images: the features come from a ``NatureCNN``; parameters as in :class:`DQNPolicy`."""
+
+    default_features_extractor_class = NatureCNN
+
+
+class MultiInputPolicy(DQNPolicy):
+    """For ``Dict`` observations: the features of all keys side by side; parameters as in :class:`DQNPolicy`."""
+
+    default_features_extractor_class = CombinedExtractor

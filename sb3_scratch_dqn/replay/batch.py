@@ -1,0 +1,47 @@
+"""What an update learns from.
+
+A :class:`Batch` is the only thing the loss sees of the replay. Its leading axis ``B`` is the batch;
+``returns`` and ``discounts`` already carry the horizon and the ending, so a loss needs neither
+``gamma``, nor ``n_steps``, nor ``dones``.
+"""
+
+from typing import NamedTuple
+
+import torch as th
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
+
+
+class Batch(NamedTuple):
+    """``B`` transitions, folded over one or more steps.
+
+    :param observations: what was observed, ``(B, *observation_shape)``, or a dict of such tensors
+    :param actions: what was done, ``(B,)``, int64
+    :param returns: the discounted sum of the rewards of the ``k`` steps that followed, ``(B,)``
+    :param discounts: what the value of ``next_observations`` counts: ``gamma**k * (1 - terminated)``, ``(B,)``
+    :param next_observations: what was observed ``k`` steps later, shaped as ``observations``
+    :param weights: importance weights of the losses, ``(B,)``; all 1 for uniform sampling
+    """
+
+    observations: PyTorchObs
+    actions: th.Tensor
+    returns: th.Tensor
+    discounts: th.Tensor
+    next_observations: PyTorchObs
+    weights: th.Tensor
+
+
+def batch_from_samples(samples: ReplayBufferSamples | DictReplayBufferSamples, gamma: float) -> Batch:
+    """Read what a replay buffer of SB3 (``HerReplayBuffer``, for instance) sampled.
+
+    :param samples: the columns of SB3, each ``(B, 1)``
+    :param gamma: the discount of one step, used where ``samples`` has no ``discounts`` of its own
+    """
+    discounts = gamma if samples.discounts is None else samples.discounts
+    return Batch(
+        observations=samples.observations,
+        actions=samples.actions.long().squeeze(1),
+        returns=samples.rewards.squeeze(1),
+        discounts=((1 - samples.dones) * discounts).squeeze(1),
+        next_observations=samples.next_observations,
+        weights=th.ones_like(samples.rewards).squeeze(1),
+    )

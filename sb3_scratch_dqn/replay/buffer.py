@@ -1,0 +1,195 @@
+"""The replay buffer as SB3 sees it, and as the update does."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_scratch_dqn.replay.batch import Batch, batch_from_samples
+from sb3_scratch_dqn.replay.nstep import Floats, Fold, fold_n_steps, fold_one_step
+from sb3_scratch_dqn.replay.samplers import UniformSampler
+from sb3_scratch_dqn.replay.stores import Array, DenseStore, Observation, Space
+
+
+class ScratchReplayBuffer(ReplayBuffer):
+    """A ring of transitions, for array and ``Dict`` observations, one or several environments, one or several steps.
+
+    It takes the place of SB3's ``ReplayBuffer``, ``DictReplayBuffer`` and ``NStepReplayBuffer``: given the same
+    random state it samples the same transitions, and its arrays hold the same numbers. They hold them only as far
+    as the buffer has filled: memory is asked for as transitions arrive.
+
+    :param buffer_size: transitions kept, over all environments
+    :param observation_space: what the environments observe
+    :param action_space: what they accept
+    :param device: where sampled tensors go
+    :param n_envs: number of environments
+    :param optimize_memory_usage: keep each observation once, which needs ``handle_timeout_termination=False``
+    :param handle_timeout_termination: bootstrap where an episode was cut by a time limit
+    :param n_steps: fold up to this many steps into each sampled transition
+    :param gamma: discount of one step, used where sampling is not told another one
+    :raises ValueError: if ``optimize_memory_usage`` and ``handle_timeout_termination`` are both set
+    """
+
+    # The arrays live in the store, which replaces them as it grows; SB3 declares them as plain attributes.
+    observations = property(lambda self: self.store.observations)
+    actions = property(lambda self: self.store.actions)
+    rewards = property(lambda self: self.store.rewards)
+    dones = property(lambda self: self.store.dones)
+    timeouts = property(lambda self: self.store.timeouts)
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: Space,
+        action_space: Space,
+        device: th.device | str = "auto",
+        n_envs: int = 1,
+        optimize_memory_usage: bool = False,
+        handle_timeout_termination: bool = True,
+        n_steps: int = 1,
+        gamma: float = 0.99,
+    ) -> None:
+        # ReplayBuffer.__init__ would allocate the whole buffer
+        BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
+        if optimize_memory_usage and handle_timeout_termination:
+            raise ValueError(
+                "optimize_memory_usage=True needs replay_buffer_kwargs=dict(handle_timeout_termination=False): "
+                "an observation that is kept once has no room for the one a time limit ended the episode with"
+            )
+        self.buffer_size = max(buffer_size // n_envs, 1)
+        self.optimize_memory_usage = optimize_memory_usage
+        self.handle_timeout_termination = handle_timeout_termination
+        self.n_steps = n_steps
+        self.gamma = gamma
+        self.sampler = UniformSampler()
+        self.store = DenseStore(
+            self.buffer_size,
+            n_envs,
+            observation_space,
+            self.action_dim,
+            np.dtype(self._maybe_cast_dtype(action_space.dtype)),
+            share_next=optimize_memory_usage,
+        )
+
+    @property
+    def next_observations(self) -> Observation:  # type: ignore[override]
+        """What came next, ``(rows, n_envs, ...)``.
+
+        :raises AttributeError: with ``optimize_memory_usage``, which keeps it in ``observations`` alone
+        """
+        if self.optimize_memory_usage:
+            raise AttributeError("with optimize_memory_usage, what came next is the following row of observations")
+        return self.store.next_observations
+
+    def add(
+        self,
+        obs: Observation,
+        next_obs: Observation,
+        action: Array,
+        reward: Array,
+        done: Array,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """Store one step of every environment; each argument has a leading axis ``n_envs``."""
+        timeout: Array | float = 0.0
+        if self.handle_timeout_termination:
+            timeout = np.array([info.get("TimeLimit.truncated", False) for info in infos])
+        self.store.write(self.pos, obs, next_obs, action, reward, done, timeout)
+        self.pos += 1
+        if self.pos == self.buffer_size:
+            self.full = True
+            self.pos = 0
+
+    def sample_batch(self, batch_size: int, env: VecNormalize | None = None, gamma: float | None = None) -> Batch:
+        """Draw what one update learns from.
+
+        :param batch_size: number of transitions ``B``
+        :param env: normalises observations and rewards
+        :param gamma: discount of one step; by default the buffer's own
+        :raises ValueError: if the buffer is empty
+        """
+        rows, envs, weights = self.sampler.draw(self, batch_size)
+        fold = self._fold(rows, envs, env, self.gamma if gamma is None else gamma)
+        return Batch(
+            observations=self._observation_tensor(self.store.read_observations(rows, envs), env),
+            actions=self._tensor(self.actions[rows, envs, 0]).long(),
+            returns=self._tensor(fold.returns),
+            discounts=self._tensor((1 - fold.terminated) * fold.discounts),
+            next_observations=self._observation_tensor(self.store.read_next_observations(fold.last_rows, envs), env),
+            weights=weights,
+        )
+
+    def sample(  # type: ignore[override]
+        self, batch_size: int, env: VecNormalize | None = None
+    ) -> ReplayBufferSamples | DictReplayBufferSamples:
+        """Draw transitions in SB3's form, each column ``(batch_size, 1)``.
+
+        :raises ValueError: if the buffer is empty
+        """
+        rows, envs, _ = self.sampler.draw(self, batch_size)
+        return self._samples(rows, envs, env)
+
+    def _get_samples(  # type: ignore[override]
+        self, batch_inds: Array, env: VecNormalize | None = None
+    ) -> ReplayBufferSamples | DictReplayBufferSamples:
+        return self._samples(batch_inds, self.sampler.draw_envs(self, len(batch_inds)), env)
+
+    def _samples(
+        self, rows: Array, envs: Array, env: VecNormalize | None
+    ) -> ReplayBufferSamples | DictReplayBufferSamples:
+        fold = self._fold(rows, envs, env, self.gamma)
+        columns: type[Any] = ReplayBufferSamples
+        if isinstance(self.observation_space, spaces.Dict):
+            columns = DictReplayBufferSamples
+        samples: ReplayBufferSamples | DictReplayBufferSamples = columns(
+            observations=self._observation_tensor(self.store.read_observations(rows, envs), env),
+            actions=self._tensor(self.actions[rows, envs]),
+            next_observations=self._observation_tensor(self.store.read_next_observations(fold.last_rows, envs), env),
+            dones=self._tensor(fold.terminated[:, None]),
+            rewards=self._tensor(fold.returns[:, None]),
+            discounts=self._tensor(fold.discounts[:, None]) if self.n_steps > 1 else None,
+        )
+        return samples
+
+    def _fold(self, rows: Array, envs: Array, env: VecNormalize | None, gamma: float) -> Fold:
+        normalize_reward: Callable[[Floats], Floats] = partial(self._normalize_reward, env=env)
+        if self.n_steps == 1:
+            return fold_one_step(self.store, rows, envs, gamma, normalize_reward)
+        newest_row = (self.pos - 1) % self.buffer_size
+        return fold_n_steps(self.store, rows, envs, gamma, normalize_reward, self.n_steps, newest_row)
+
+    def _tensor(self, array: Array) -> th.Tensor:
+        # What was gathered from the store is a copy already
+        return self.to_torch(array, copy=False)
+
+    def _observation_tensor(self, observation: Observation, env: VecNormalize | None) -> PyTorchObs:
+        normalized = self._normalize_obs(observation, env)
+        if isinstance(normalized, dict):
+            return {key: self._tensor(value) for key, value in normalized.items()}
+        return self._tensor(normalized)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy what was filled, not what was reserved."""
+        state = self.__dict__.copy()
+        # With shared observations the newest transition needs the row that follows it
+        used = self.buffer_size if self.full else min(self.pos + self.optimize_memory_usage, self.buffer_size)
+        state["store"] = self.store.trimmed(used)
+        return state
+
+
+def batch_source(buffer: ReplayBuffer, env: VecNormalize | None, gamma: float) -> Callable[[int], Batch]:
+    """The function that turns a batch size into a :class:`Batch`, whatever the buffer.
+
+    :param buffer: a :class:`ScratchReplayBuffer`, or any replay buffer of SB3's kind
+    :param env: normalises observations and rewards
+    :param gamma: discount of one step
+    """
+    if isinstance(buffer, ScratchReplayBuffer):
+        return partial(buffer.sample_batch, env=env, gamma=gamma)
+    return lambda batch_size: batch_from_samples(buffer.sample(batch_size, env=env), gamma)

@@ -1,0 +1,93 @@
+r"""Folding several steps into one transition (Sutton 1988; Hessel et al. 2018, https://arxiv.org/abs/1710.02298).
+
+From a step :math:`t` onwards, with :math:`k \le n` steps that belong to one episode,
+
+.. math:: R_t = \sum_{i=0}^{k-1} \gamma^i r_{t+i}, \qquad
+          \text{target} = R_t + \gamma^k (1 - \text{terminated}_{t+k-1}) V(s_{t+k}).
+
+A window ends early at a termination, at a truncation (which bootstraps from the observation the truncated episode
+ended with) and at the newest step of the ring, whose continuation is not known yet. So every step of an episode
+can be a start, and no window reaches into another episode.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from sb3_scratch_dqn.replay.stores import Array, DenseStore
+
+Floats = npt.NDArray[np.float32]
+
+
+class Fold(NamedTuple):
+    """``B`` windows of one or more steps, each array ``(B,)``.
+
+    :param last_rows: the row of the last step of each window
+    :param returns: discounted sum of the rewards
+    :param discounts: ``gamma**k``, ``k`` the length of the window
+    :param terminated: 1 where the window ends in a terminal state, 0 elsewhere, truncations included
+    """
+
+    last_rows: Array
+    returns: Floats
+    discounts: Floats
+    terminated: Floats
+
+
+def fold_one_step(
+    store: DenseStore,
+    rows: Array,
+    envs: Array,
+    gamma: float,
+    normalize_reward: Callable[[Floats], Floats],
+) -> Fold:
+    """Windows of one step; the parameters are those of :func:`fold_n_steps`."""
+    return Fold(
+        last_rows=rows,
+        returns=normalize_reward(store.rewards[rows, envs]),
+        discounts=np.full(len(rows), gamma, dtype=np.float32),
+        terminated=store.dones[rows, envs] * (1 - store.timeouts[rows, envs]),
+    )
+
+
+def fold_n_steps(
+    store: DenseStore,
+    rows: Array,
+    envs: Array,
+    gamma: float,
+    normalize_reward: Callable[[Floats], Floats],
+    n_steps: int,
+    newest_row: int,
+) -> Fold:
+    """Windows of up to ``n_steps`` steps.
+
+    :param store: where the steps lie
+    :param rows: the row of the first step of each window, ``(B,)``
+    :param envs: the environment of each window, ``(B,)``
+    :param gamma: the discount of one step
+    :param normalize_reward: applied to every single reward before it is summed
+    :param n_steps: the longest window
+    :param newest_row: the row that was written last
+    """
+    steps = np.arange(n_steps)
+    window = (rows[:, None] + steps) % store.capacity  # (B, n_steps)
+    # Rows that never held a step lie behind the newest one, where no window goes; any row may stand for them
+    readable = np.minimum(window, store.rows - 1)
+    columns = envs[:, None]
+
+    ends = np.logical_or(store.dones[readable, columns], store.timeouts[readable, columns])
+    ends |= window == newest_row
+    last = np.where(ends.any(axis=1), ends.argmax(axis=1), n_steps - 1)  # (B,)
+    inside = steps <= last[:, None]  # (B, n_steps)
+
+    rewards = normalize_reward(store.rewards[readable, columns])
+    step_discounts = gamma ** steps.astype(np.float32)
+    last_rows = (rows + last) % store.capacity
+    return Fold(
+        last_rows=last_rows,
+        returns=(rewards * step_discounts * inside).sum(axis=1),
+        discounts=gamma ** inside.sum(axis=1).astype(np.float32),
+        terminated=store.dones[last_rows, envs] * (1 - store.timeouts[last_rows, envs]),
+    )
