@@ -26,7 +26,7 @@ from sb3_scratch_dqn.networks import QNetwork
 from sb3_scratch_dqn.policies import CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source
 from sb3_scratch_dqn.replay.stores import Array, Observation
-from sb3_scratch_dqn.target_sync import make_target_sync
+from sb3_scratch_dqn.target_sync import sync_is_due
 
 if TYPE_CHECKING:
     from stable_baselines3.dqn import DQN
@@ -202,7 +202,8 @@ class ScratchDQN(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_settings()
-        target_interval = checks.parse_frequency("target_update_interval", self.target_update_interval)
+        frequency, unit = checks.parse_frequency("target_update_interval", self.target_update_interval)
+        self.target_update_interval = frequency if unit == "step" else (frequency, unit)
         self.train_freq = checks.parse_frequency("train_freq", self.train_freq)
         self._convert_train_freq()
 
@@ -225,10 +226,8 @@ class ScratchDQN(OffPolicyAlgorithm):
             self.exploration_fraction,
             self.exploration_decay,
         )
-        self._target_sync = make_target_sync(target_interval, self.n_envs)
         self._engine = choose_engine(self.engine, self.policy, LOSSES[self.loss])
 
-        frequency, unit = target_interval
         if unit == "step" and self.n_envs > 1 and self.n_envs > frequency:
             warnings.warn(
                 "The number of environments used is greater than the target network "
@@ -341,7 +340,9 @@ class ScratchDQN(OffPolicyAlgorithm):
 
     def _on_step(self) -> None:
         self._n_calls += 1
-        if self._target_sync.due(self._n_calls, self._episodes_finished, self._episodes_ended_now):
+        # Read anew each time: callbacks may change the interval
+        interval = self.target_update_interval
+        if sync_is_due(interval, self.n_envs, self._n_calls, self._episodes_finished, self._episodes_ended_now):
             polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         self.exploration_rate = self._epsilon_schedule(self._current_progress_remaining, self._episodes_finished)
@@ -503,7 +504,7 @@ class ScratchDQN(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         made_by_setup = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target"]
-        return [*super()._excluded_save_params(), *made_by_setup, "_epsilon_schedule", "_target_sync", "_engine"]
+        return [*super()._excluded_save_params(), *made_by_setup, "_epsilon_schedule", "_engine"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

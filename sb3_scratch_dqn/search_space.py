@@ -1,0 +1,109 @@
+"""What a hyperparameter search of RL Zoo tries, and how the tried values become settings.
+
+A search draws from the default space below, or from one that a settings file declares for an environment:
+
+.. code-block:: yaml
+
+    search_space:
+      learning_rate: {low: 1.0e-5, high: 1.0e-1, log: true}   # a number from a range
+      batch_size: [32, 64, 128]                               # one of these
+
+A range is of whole numbers where both of its ends are. The names are those of ``ScratchDQN``'s arguments, or of
+``DERIVED`` for settings that are searched in another form than they are set in.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optuna
+
+NET_ARCHS = {"small": [64, 64], "medium": [256, 256], "big": [400, 300]}
+
+# One dict for each setting: a list is a choice, a mapping a range
+DEFAULT_SPACE: dict[str, Any] = {
+    "learning_rate": {"low": 1e-5, "high": 5e-3, "log": True},
+    "one_minus_gamma": {"low": 1e-4, "high": 0.03, "log": True},
+    "batch_size_pow": {"low": 4, "high": 9},
+    "buffer_size": [10_000, 50_000, 100_000, 500_000],
+    "learning_starts": [0, 1_000, 5_000],
+    "train_freq": [1, 2, 4, 8, 16, 64, 256],
+    "subsample_steps": [1, 2, 4, 8],
+    "target_update_interval": {"low": 10, "high": 20_000, "log": True},
+    "exploration_fraction": {"low": 0.02, "high": 0.5},
+    "exploration_final_eps": {"low": 0.01, "high": 0.2},
+    "net_arch": list(NET_ARCHS),
+}
+
+# With HerReplayBuffer also
+HER_SPACE: dict[str, Any] = {
+    "n_sampled_goal": {"low": 1, "high": 5},
+    "goal_selection_strategy": ["final", "episode", "future"],
+}
+
+# Searched value -> settings
+DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "one_minus_gamma": lambda value: {"gamma": 1 - value},
+    "batch_size_pow": lambda value: {"batch_size": 2**value},
+    "net_arch": lambda value: {"policy_kwargs": {"net_arch": NET_ARCHS[value] if isinstance(value, str) else value}},
+}
+
+_RANGE_KEYS = {"low", "high", "log", "step"}
+
+
+def suggest(trial: optuna.Trial, space: Mapping[str, Any]) -> dict[str, Any]:
+    """Draw one value for each name in a space.
+
+    :raises ValueError: if the space says neither a choice nor a range for a name
+    """
+    return {name: _suggest_one(trial, name, choices) for name, choices in space.items()}
+
+
+def _suggest_one(trial: optuna.Trial, name: str, choices: Any) -> Any:
+    if isinstance(choices, list) and choices:
+        return trial.suggest_categorical(name, choices)
+    if isinstance(choices, Mapping) and {"low", "high"} <= set(choices) <= _RANGE_KEYS:
+        suggest_number = trial.suggest_float
+        if isinstance(choices["low"], int) and isinstance(choices["high"], int):
+            suggest_number = trial.suggest_int  # type: ignore[assignment]  # both take the same arguments
+        return suggest_number(name, **choices)
+    raise ValueError(
+        f"search_space: {name}={choices!r} must be a list of choices, "
+        "or a range such as {low: 0.1, high: 1.0} with log or step if wanted"
+    )
+
+
+def sample_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """Draw the settings of one trial, as RL Zoo's ``HYPERPARAMS_SAMPLER`` wants them drawn.
+
+    :param trial: whose user attribute ``search_space``, if there is one, says what to draw from
+    :param n_actions: not used
+    :param n_envs: not used
+    :param additional_args: what the Zoo knows of the replay buffer
+    :return: settings
+    """
+    space = dict(trial.user_attrs.get("search_space", DEFAULT_SPACE))
+    if additional_args["using_her_replay_buffer"]:
+        space = {**space, **HER_SPACE}
+    settings = convert_params(suggest(trial, space))
+    for name in ("gamma", "batch_size"):
+        if name in settings and name not in trial.params:
+            trial.set_user_attr(name, settings[name])  # shown beside the searched form of it
+    if "replay_buffer_kwargs" in settings:
+        settings["replay_buffer_kwargs"] = {**additional_args["her_kwargs"], **settings["replay_buffer_kwargs"]}
+    return settings
+
+
+def convert_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the searched values of a trial into settings; RL Zoo's ``HYPERPARAMS_CONVERTER`` for ``--trial-id``."""
+    settings: dict[str, Any] = {}
+    for name, value in params.items():
+        if name in DERIVED:
+            settings.update(DERIVED[name](value))
+        elif name in HER_SPACE:
+            settings.setdefault("replay_buffer_kwargs", {})[name] = value
+        elif name != "subsample_steps":
+            settings[name] = value
+    if "subsample_steps" in params:
+        # One gradient step for this many environment steps
+        settings["gradient_steps"] = max(params["train_freq"] // params["subsample_steps"], 1)
+    return settings

@@ -1,0 +1,152 @@
+"""What several tests need: small environments, and the comparison of two algorithms to the last bit."""
+
+import random
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3 import DQN
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch import nn
+
+
+class TimeoutEnv(gym.Env):
+    """Ends by termination or by truncation, each at random; the observation tells nothing and everything."""
+
+    observation_space = gym.spaces.Box(-10, 10, (3,), np.float32)
+    action_space = gym.spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._observe(), {}
+
+    def step(self, action):
+        coin = self.np_random.random()
+        return self._observe(), float(self.np_random.normal() + action), coin < 0.05, 0.05 <= coin < 0.15, {}
+
+    def _observe(self):
+        return self.np_random.normal(size=3).astype(np.float32)
+
+
+class DictEnv(TimeoutEnv):
+    """The same with a Dict observation: a vector, an image and a Discrete part."""
+
+    observation_space = gym.spaces.Dict(
+        {
+            "vector": gym.spaces.Box(-10, 10, (3,), np.float32),
+            "image": gym.spaces.Box(0, 255, (1, 36, 36), np.uint8),
+            "number": gym.spaces.Discrete(4),
+        }
+    )
+
+    def _observe(self):
+        return {
+            "vector": super()._observe(),
+            "image": self.np_random.integers(0, 256, (1, 36, 36)).astype(np.uint8),
+            "number": int(self.np_random.integers(4)),
+        }
+
+
+class ImageEnv(TimeoutEnv):
+    """The same with an image, channels last as cameras have them."""
+
+    observation_space = gym.spaces.Box(0, 255, (36, 36, 1), np.uint8)
+
+    def _observe(self):
+        return self.np_random.integers(0, 256, (36, 36, 1)).astype(np.uint8)
+
+
+class NormedExtractor(BaseFeaturesExtractor):
+    """A features extractor with batch normalisation and dropout, which behave differently in training."""
+
+    def __init__(self, observation_space, features_dim=16):
+        super().__init__(observation_space, features_dim)
+        self.net = nn.Sequential(
+            nn.Linear(observation_space.shape[0], features_dim), nn.BatchNorm1d(features_dim), nn.Dropout(0.2)
+        )
+
+    def forward(self, observations):
+        return self.net(observations)
+
+
+def normalized(make_env, **kwargs):
+    """A VecNormalize environment, observations and rewards."""
+    return VecNormalize(DummyVecEnv([make_env]), **kwargs)
+
+
+class CoinPerEnvDQN(DQN):
+    """SB3's DQN with the one documented departure, naively: an epsilon coin for each environment."""
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=False):
+        greedy, state = self.policy.predict(observation, state, episode_start, deterministic)
+        if deterministic:
+            return greedy, state
+        coins = [np.random.rand() for _ in greedy]
+        return np.array(
+            [self.action_space.sample() if coin < self.exploration_rate else a for coin, a in zip(coins, greedy)]
+        ), state
+
+
+def random_states():
+    """Every global random state that training touches."""
+    return {"python": random.getstate(), "numpy": np.random.get_state()[1:], "torch": th.get_rng_state()}
+
+
+def assert_equal(left, right, where="value"):
+    """Compare nested containers of arrays, tensors and numbers to the last bit."""
+    if isinstance(left, th.Tensor):
+        left, right = left.detach().cpu().numpy(), right.detach().cpu().numpy()
+    if isinstance(left, np.ndarray):
+        assert left.dtype == right.dtype, where
+        assert left.shape == right.shape, where
+        assert left.tobytes() == right.tobytes(), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key, value in left.items():
+            assert_equal(value, right[key], f"{where}[{key!r}]")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for index, value in enumerate(left):
+            assert_equal(value, right[index], f"{where}[{index}]")
+    else:
+        assert left == right, where
+
+
+def replay_contents(buffer):
+    """The filled part of a replay buffer, SB3's or ours."""
+    rows = buffer.buffer_size if buffer.full else min(buffer.pos + buffer.optimize_memory_usage, buffer.buffer_size)
+    names = ["observations", "actions", "rewards", "dones", "timeouts"]
+    if not buffer.optimize_memory_usage:
+        names.append("next_observations")
+    contents = {"pos": buffer.pos, "full": buffer.full}
+    for name in names:
+        array = getattr(buffer, name)
+        contents[name] = (
+            {key: np.array(value[:rows]) for key, value in array.items()}
+            if isinstance(array, dict)
+            else np.array(array[:rows])
+        )
+    return contents
+
+
+def full_state(model):
+    """All that training leaves behind in an algorithm."""
+    return {
+        "parameters": model.policy.state_dict(),
+        "optimizer": model.policy.optimizer.state_dict(),
+        "replay": replay_contents(model.replay_buffer),
+        "exploration_rate": model.exploration_rate,
+        "num_timesteps": model.num_timesteps,
+        "n_updates": model._n_updates,
+        "n_calls": model._n_calls,
+        "episodes": model._episode_num,
+        "last_obs": model._last_obs,
+        "action_space": model.action_space.np_random.bit_generator.state,
+        "logged": {k: v for k, v in model.logger.name_to_value.items() if not k.startswith("time/")},
+    }
+
+
+def assert_same_training(reference, model):
+    """Compare two algorithms to the last bit."""
+    assert_equal(full_state(reference), full_state(model))

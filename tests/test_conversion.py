@@ -1,0 +1,128 @@
+"""A DQN of SB3 becomes a ScratchDQN and back, and neither notices."""
+
+import random
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import DictEnv, TimeoutEnv, assert_equal, assert_same_training, normalized, random_states, replay_contents
+from stable_baselines3 import DQN, PPO, HerReplayBuffer
+from stable_baselines3.dqn.policies import DQNPolicy as ReferencePolicy
+from test_parity import CONFIGURATIONS, SMALL, trained
+
+from sb3_scratch_dqn import ScratchDQN, ScratchReplayBuffer
+
+NAMES = ["small buffer", "n-step", "dict", "hindsight", "observations once", "images", "schedules and optimiser"]
+
+
+def set_random_states(states):
+    random.setstate(states["python"])
+    np.random.set_state(("MT19937", *states["numpy"]))
+    th.set_rng_state(states["torch"])
+
+
+def go_on(model, make_env, states):
+    """Train further, from given random states, in an environment of its own."""
+    model.set_env(make_env())
+    model.set_random_seed(5)
+    if isinstance(model.replay_buffer, HerReplayBuffer):
+        model.replay_buffer.env = model.env
+    set_random_states(states)
+    model.learn(100, reset_num_timesteps=False)
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_model_goes_on_after_from_sb3_as_it_would_have(name):
+    reference, states = trained(DQN, *CONFIGURATIONS[name])
+    converted = ScratchDQN.from_sb3(reference)
+
+    assert_equal(states, random_states())
+    assert_equal(reference.get_parameters(), converted.get_parameters())
+    assert_equal(replay_contents(reference.replay_buffer), replay_contents(converted.replay_buffer))
+    assert converted.env is reference.env
+    make_env = CONFIGURATIONS[name][1]
+    assert_same_training(go_on(reference, make_env, states), go_on(converted, make_env, states))
+    assert converted._n_updates > 30
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_model_goes_on_after_to_sb3_as_it_would_have(name):
+    model, states = trained(ScratchDQN, *CONFIGURATIONS[name])
+    converted = model.to_sb3()
+
+    assert type(converted) is DQN
+    assert_equal(states, random_states())
+    assert_equal(replay_contents(model.replay_buffer), replay_contents(converted.replay_buffer))
+    make_env = CONFIGURATIONS[name][1]
+    assert_same_training(go_on(model, make_env, states), go_on(converted, make_env, states))
+
+
+def test_a_saved_model_goes_on_after_from_sb3_as_it_would_have(tmp_path):
+    reference, states = trained(DQN, "MlpPolicy", lambda: normalized(TimeoutEnv), 300, SMALL)
+    reference.save(tmp_path / "dqn.zip")
+    reference.save_replay_buffer(tmp_path / "replay.pkl")
+
+    env = normalized(TimeoutEnv)
+    loaded = DQN.load(tmp_path / "dqn.zip", env=env)
+    converted = ScratchDQN.from_sb3(tmp_path / "dqn", env=env)
+    for model in (loaded, converted):
+        model.load_replay_buffer(tmp_path / "replay.pkl")
+    observations = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    assert_equal(loaded.predict(observations, deterministic=True), converted.predict(observations, deterministic=True))
+
+    def make_env():
+        return normalized(TimeoutEnv)
+
+    assert_same_training(go_on(loaded, make_env, states), go_on(converted, make_env, states))
+
+
+def test_a_model_without_environment_is_converted_for_prediction(tmp_path):
+    trained(DQN, "MlpPolicy", TimeoutEnv, 200, SMALL)[0].save(tmp_path / "dqn.zip")
+    converted = ScratchDQN.from_sb3(tmp_path / "dqn.zip")
+    assert converted.env is None
+    observation = np.ones(3, dtype=np.float32)
+    expected = DQN.load(tmp_path / "dqn.zip").predict(observation, deterministic=True)
+    assert_equal(expected, converted.predict(observation, deterministic=True))
+    assert_equal(expected, converted.to_sb3().predict(observation, deterministic=True))
+
+
+def test_the_copies_are_independent():
+    reference, _ = trained(DQN, "MlpPolicy", TimeoutEnv, 200, SMALL)
+    converted = ScratchDQN.from_sb3(reference)
+    before = replay_contents(reference.replay_buffer)
+    converted.learn(100, reset_num_timesteps=False)
+    assert_equal(before, replay_contents(reference.replay_buffer))
+    assert isinstance(converted.replay_buffer, ScratchReplayBuffer)
+    assert reference.num_timesteps == 200
+
+
+def test_settings_can_change_on_the_way():
+    reference, _ = trained(DQN, "MlpPolicy", TimeoutEnv, 60, SMALL)
+    assert ScratchDQN.from_sb3(reference, loss="mse", gamma=0.5).loss == "mse"
+
+
+def test_to_sb3_warns_of_what_sb3_cannot_do():
+    model = ScratchDQN(
+        "MlpPolicy",
+        TimeoutEnv(),
+        loss="mse",
+        exploration_schedule="exponential",
+        target_update_interval=(10, "episode"),
+    )
+    with pytest.warns(UserWarning, match=r"no loss='mse', exploration_schedule='exponential', target_update_interval="):
+        converted = model.to_sb3()
+    assert converted.target_update_interval == 10_000
+
+
+def test_what_has_no_counterpart_is_refused():
+    with pytest.raises(ValueError, match="must be a DQN of Stable-Baselines3"):
+        ScratchDQN.from_sb3(PPO("MlpPolicy", TimeoutEnv(), n_steps=64, device="cpu"))
+
+    class MyPolicy(ReferencePolicy):
+        pass
+
+    with pytest.raises(ValueError, match="policy=MyPolicy cannot be converted"):
+        ScratchDQN.from_sb3(DQN(MyPolicy, TimeoutEnv()))
+    with pytest.raises(ValueError, match="n_steps=3 with Dict observations has no counterpart"):
+        ScratchDQN("MultiInputPolicy", DictEnv(), n_steps=3).to_sb3()

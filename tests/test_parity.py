@@ -1,0 +1,242 @@
+"""With every extra off, ScratchDQN is SB3's DQN to the last bit."""
+
+import warnings
+from copy import deepcopy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from helpers import (
+    CoinPerEnvDQN,
+    DictEnv,
+    ImageEnv,
+    NormedExtractor,
+    TimeoutEnv,
+    assert_equal,
+    assert_same_training,
+    full_state,
+    normalized,
+    random_states,
+)
+from stable_baselines3 import DQN, HerReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.utils import LinearSchedule
+from torch import nn
+
+from sb3_scratch_dqn import ScratchDQN
+
+SMALL = {"learning_starts": 40, "batch_size": 16, "target_update_interval": 50, "seed": 7}
+
+
+def goal_env():
+    return gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=4, continuous=False), 8)
+
+
+# name: (policy, environment, steps, settings)
+CONFIGURATIONS = {
+    "defaults": ("MlpPolicy", lambda: "CartPole-v1", 1000, {"seed": 1}),
+    "lunar lander": (
+        "MlpPolicy",
+        lambda: "LunarLander-v3",
+        600,
+        {"seed": 2, "learning_starts": 0, "batch_size": 128, "gradient_steps": -1, "policy_kwargs": {"net_arch": [256, 256]}},
+    ),
+    "many gradient steps": (
+        "MlpPolicy",
+        lambda: "CartPole-v1",
+        600,
+        {**SMALL, "train_freq": 64, "gradient_steps": 32, "target_update_interval": 10},
+    ),
+    "soft targets": ("MlpPolicy", lambda: "CartPole-v1", 400, {**SMALL, "tau": 0.05, "target_update_interval": 1}),
+    "episodes": ("MlpPolicy", lambda: "CartPole-v1", 400, {**SMALL, "train_freq": (2, "episode"), "gradient_steps": -1}),
+    "no gradient steps": ("MlpPolicy", lambda: "CartPole-v1", 100, {**SMALL, "gradient_steps": 0}),
+    "small buffer": ("MlpPolicy", TimeoutEnv, 400, {**SMALL, "buffer_size": 70}),
+    "n-step": ("MlpPolicy", TimeoutEnv, 400, {**SMALL, "n_steps": 3, "buffer_size": 150, "gamma": 0.9}),
+    "normalized": ("MlpPolicy", lambda: normalized(TimeoutEnv), 400, SMALL),
+    "normalized n-step": ("MlpPolicy", lambda: normalized(TimeoutEnv), 400, {**SMALL, "n_steps": 4}),
+    "normalized dict": ("MultiInputPolicy", lambda: normalized(DictEnv, norm_obs_keys=["vector"]), 100, SMALL),
+    "images": ("CnnPolicy", ImageEnv, 120, {**SMALL, "buffer_size": 100}),
+    "dict": ("MultiInputPolicy", DictEnv, 150, {**SMALL, "buffer_size": 100}),
+    "hindsight": (
+        "MultiInputPolicy",
+        goal_env,
+        160,
+        {**SMALL, "replay_buffer_class": HerReplayBuffer, "replay_buffer_kwargs": {"n_sampled_goal": 2}},
+    ),
+    "observations once": (
+        "MlpPolicy",
+        TimeoutEnv,
+        400,
+        {
+            **SMALL,
+            "buffer_size": 150,
+            "optimize_memory_usage": True,
+            "replay_buffer_kwargs": {"handle_timeout_termination": False},
+        },
+    ),
+    "discrete observations": ("MlpPolicy", lambda: "FrozenLake-v1", 300, SMALL),
+    "schedules and optimiser": (
+        "MlpPolicy",
+        lambda: gym.make("CartPole-v1"),
+        400,
+        {
+            **SMALL,
+            "learning_rate": LinearSchedule(1e-2, 1e-4, 0.8),
+            "exploration_fraction": 0.5,
+            "max_grad_norm": 0.1,
+            "policy_kwargs": {
+                "optimizer_class": th.optim.RMSprop,
+                "optimizer_kwargs": {"momentum": 0.5},
+                "net_arch": [17, 9, 5],
+                "activation_fn": nn.Tanh,
+            },
+        },
+    ),
+    "batch normalisation and dropout": (
+        "MlpPolicy",
+        TimeoutEnv,
+        300,
+        {**SMALL, "tau": 0.3, "policy_kwargs": {"features_extractor_class": NormedExtractor}},
+    ),
+}
+
+
+def trained(algorithm, policy, make_env, steps, settings):
+    extra = {"engine": "eager"} if issubclass(algorithm, ScratchDQN) else {}
+    model = algorithm(policy, make_env(), **settings, **extra)
+    return model.learn(steps), random_states()
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_training_leaves_the_same_bits(name):
+    reference, reference_random = trained(DQN, *CONFIGURATIONS[name])
+    model, model_random = trained(ScratchDQN, *CONFIGURATIONS[name])
+
+    if CONFIGURATIONS[name][3].get("gradient_steps") != 0:
+        assert model._n_updates > 10, "the comparison needs updates"
+    assert_same_training(reference, model)
+    assert_equal(reference_random, model_random)
+
+
+def test_training_in_several_environments_differs_by_the_coins_alone():
+    settings = {**SMALL, "exploration_fraction": 0.9, "n_steps": 2}
+
+    def make_env():
+        return make_vec_env(TimeoutEnv, n_envs=3, seed=0)
+
+    reference, reference_random = trained(CoinPerEnvDQN, "MlpPolicy", make_env, 600, settings)
+    model, model_random = trained(ScratchDQN, "MlpPolicy", make_env, 600, settings)
+
+    assert_same_training(reference, model)
+    assert_equal(reference_random, model_random)
+
+
+def test_the_comparison_sees_a_single_wrong_number():
+    reference, _ = trained(DQN, *CONFIGURATIONS["small buffer"])
+    model, _ = trained(ScratchDQN, *CONFIGURATIONS["small buffer"])
+    expected = full_state(reference)
+
+    def nudge(array):
+        np.asarray(array).reshape(-1).view(np.uint32)[0] ^= 1  # the last bit of one number
+
+    for change in (
+        lambda state: nudge(state["parameters"]["q_net.q_net.0.weight"]),
+        lambda state: nudge(state["parameters"]["q_net_target.q_net.4.bias"]),
+        lambda state: nudge(state["optimizer"]["state"][0]["exp_avg"]),
+        lambda state: nudge(state["replay"]["rewards"]),
+        lambda state: state.update(exploration_rate=state["exploration_rate"] + 1e-9),
+        lambda state: state.update(n_updates=state["n_updates"] + 1),
+    ):
+        state = deepcopy(full_state(model))
+        assert_equal(expected, state)
+        change(state)
+        with pytest.raises(AssertionError):
+            assert_equal(expected, state)
+
+
+@pytest.mark.parametrize("name", ["small buffer", "n-step", "dict", "hindsight", "observations once"])
+def test_saving_and_loading_in_the_middle_leaves_the_same_bits(name, tmp_path):
+    policy, make_env, steps, settings = CONFIGURATIONS[name]
+    models = []
+    for algorithm in (DQN, ScratchDQN):
+        model, _ = trained(algorithm, policy, make_env, steps, settings)
+        model.save(tmp_path / "model.zip")
+        model.save_replay_buffer(tmp_path / "replay.pkl")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SB3 takes its own n-step buffer for one of the user's after loading
+            loaded = algorithm.load(tmp_path / "model.zip", env=make_env())
+        loaded.load_replay_buffer(tmp_path / "replay.pkl", truncate_last_traj=False)
+        assert_equal(model.get_parameters(), loaded.get_parameters())
+        models.append(loaded.learn(100, reset_num_timesteps=False))
+    assert_same_training(*models)
+
+
+def test_learning_again_in_another_environment_leaves_the_same_bits():
+    models = []
+    for algorithm in (DQN, ScratchDQN):
+        model, _ = trained(algorithm, *CONFIGURATIONS["small buffer"])
+        model.set_env(Monitor(TimeoutEnv()))
+        model.env.seed(3)
+        model.learn(120)
+        model.learn(90, reset_num_timesteps=False)
+        models.append(model)
+    assert_same_training(*models)
+
+
+def test_a_callback_that_stops_training_stops_it_at_the_same_bits():
+    class StopAt(BaseCallback):
+        seen: list
+
+        def _on_training_start(self):
+            self.seen = []
+
+        def _on_step(self):
+            self.seen.append({key: np.array(self.locals[key]) for key in ("actions", "rewards", "dones")})
+            return self.n_calls < 133
+
+    models, callbacks = [], []
+    for algorithm in (DQN, ScratchDQN):
+        callbacks.append(StopAt())
+        models.append(algorithm("MlpPolicy", TimeoutEnv(), **SMALL).learn(1000, callbacks[-1]))
+    assert models[0].num_timesteps == 133
+    assert_same_training(*models)
+    assert_equal(callbacks[0].seen, callbacks[1].seen)
+
+
+def test_parameters_go_from_one_to_the_other():
+    reference, _ = trained(DQN, *CONFIGURATIONS["dict"])
+    policy, make_env, _, settings = CONFIGURATIONS["dict"]
+    model = ScratchDQN(policy, make_env(), **{**settings, "seed": 99})
+    model.set_parameters(reference.get_parameters())
+    assert_equal(reference.get_parameters(), model.get_parameters())
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_predict_gives_the_same_actions(deterministic):
+    reference, _ = trained(DQN, *CONFIGURATIONS["small buffer"])
+    model, _ = trained(ScratchDQN, *CONFIGURATIONS["small buffer"])
+    observations = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    actions = []
+    for algorithm in (reference, model):
+        algorithm.exploration_rate = 0.5
+        algorithm.action_space.seed(0)
+        np.random.seed(0)
+        actions.append([algorithm.predict(one, deterministic=deterministic)[0] for one in observations])
+        actions[-1].append(algorithm.predict(observations[:1], deterministic=deterministic)[0])
+    assert_equal(*actions)
+    assert len({action.item() for action in actions[0]}) > 1, "the comparison needs several actions"
+
+
+def test_q_values_are_those_of_the_reference_network():
+    reference, _ = trained(DQN, *CONFIGURATIONS["small buffer"])
+    model, _ = trained(ScratchDQN, *CONFIGURATIONS["small buffer"])
+    observations = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    with th.no_grad():
+        expected = reference.q_net(th.as_tensor(observations)).numpy()
+    assert_equal(expected, model.q_values(observations))
+    assert model.q_values(observations[0]).shape == (1, 3)
+    np.testing.assert_allclose(model.q_values(observations[0]), expected[:1], rtol=1e-5)
