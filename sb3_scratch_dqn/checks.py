@@ -139,10 +139,9 @@ def read_model_settings(path: Path, algorithm: str, own_settings: Iterable[str],
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
             settings: dict[str, Any] = {} if damaged else json.loads(archive.read("data"))
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+        # A file that was cut may still be a zip file: it holds others, with an end of their own
         raise ValueError(f"path={path!r} is no model file, or was cut short: {error}") from error
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"path={path!r} is a zip file that holds no model: {error}") from error
     finally:
         _release(file, path)
     if damaged:

@@ -167,6 +167,7 @@ class ScratchDQN(OffPolicyAlgorithm):
         self._episodes_ended_now = 0  # by the last call of env.step()
 
         if _init_setup_model:
+            self._check_settings()
             checks.check_buffer_holds_batch(self.buffer_size, self.batch_size)
             self._setup_model()
 
@@ -176,9 +177,7 @@ class ScratchDQN(OffPolicyAlgorithm):
         if not issubclass(self.policy_class, DQNPolicy):
             raise ValueError(f"policy={self.policy_class!r} must be a subclass of sb3_scratch_dqn.DQNPolicy")
         if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, ReplayBuffer):
-            raise ValueError(
-                f"replay_buffer_class={self.replay_buffer_class!r} must be a subclass of SB3's ReplayBuffer"
-            )
+            raise ValueError(f"replay_buffer_class={self.replay_buffer_class!r} must be a subclass of ReplayBuffer")
         for name in ("buffer_size", "batch_size", "n_steps"):
             checks.check_count(name, getattr(self, name))
         checks.check_count("learning_starts", self.learning_starts, minimum=0)
@@ -250,9 +249,7 @@ class ScratchDQN(OffPolicyAlgorithm):
             )
         if issubclass(buffer_class, HerReplayBuffer):
             if self.env is None:
-                raise ValueError(
-                    f"env=None: a {buffer_class.__name__} needs the environment to compute rewards; pass env"
-                )
+                raise ValueError(f"env=None: a {buffer_class.__name__} needs env to compute rewards, so pass one")
             kwargs["env"] = self.env
         return buffer_class(
             self.buffer_size,

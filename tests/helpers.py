@@ -84,7 +84,10 @@ class CoinPerEnvDQN(DQN):
             return greedy, state
         coins = [np.random.rand() for _ in greedy]
         return np.array(
-            [self.action_space.sample() if coin < self.exploration_rate else a for coin, a in zip(coins, greedy)]
+            [
+                self.action_space.sample() if coin < self.exploration_rate else a
+                for coin, a in zip(coins, greedy, strict=True)
+            ]
         ), state
 
 

@@ -43,7 +43,13 @@ CONFIGURATIONS = {
         "MlpPolicy",
         lambda: "LunarLander-v3",
         600,
-        {"seed": 2, "learning_starts": 0, "batch_size": 128, "gradient_steps": -1, "policy_kwargs": {"net_arch": [256, 256]}},
+        {
+            "seed": 2,
+            "learning_starts": 0,
+            "batch_size": 128,
+            "gradient_steps": -1,
+            "policy_kwargs": {"net_arch": [256, 256]},
+        },
     ),
     "many gradient steps": (
         "MlpPolicy",
@@ -52,7 +58,12 @@ CONFIGURATIONS = {
         {**SMALL, "train_freq": 64, "gradient_steps": 32, "target_update_interval": 10},
     ),
     "soft targets": ("MlpPolicy", lambda: "CartPole-v1", 400, {**SMALL, "tau": 0.05, "target_update_interval": 1}),
-    "episodes": ("MlpPolicy", lambda: "CartPole-v1", 400, {**SMALL, "train_freq": (2, "episode"), "gradient_steps": -1}),
+    "episodes": (
+        "MlpPolicy",
+        lambda: "CartPole-v1",
+        400,
+        {**SMALL, "train_freq": (2, "episode"), "gradient_steps": -1},
+    ),
     "no gradient steps": ("MlpPolicy", lambda: "CartPole-v1", 100, {**SMALL, "gradient_steps": 0}),
     "small buffer": ("MlpPolicy", TimeoutEnv, 400, {**SMALL, "buffer_size": 70}),
     "n-step": ("MlpPolicy", TimeoutEnv, 400, {**SMALL, "n_steps": 3, "buffer_size": 150, "gamma": 0.9}),

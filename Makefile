@@ -1,0 +1,51 @@
+# Everything happens in a virtual environment that the first target makes.
+#
+#   make demo    train CartPole through RL Zoo's own command, then play the trained agent
+#   make test    run the tests
+#   make check   lint, formatting and types
+#   make format  mend what the linter and the formatter can
+#
+# PYTHON  the interpreter to make the environment from
+# VENV    where to make it
+# TORCH   what to install first, for instance a CPU build: make test TORCH="torch --index-url <its index>"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+
+BIN := $(VENV)/bin
+SEED ?= 0
+DEMO_FOLDER ?= logs/demo
+DEMO := --algo scratch_dqn --env CartPole-v1 --seed $(SEED)
+
+.PHONY: demo test check format
+
+demo: $(VENV)/installed
+	rm -rf $(DEMO_FOLDER)
+	$(BIN)/python -m rl_zoo3.train $(DEMO) -f $(DEMO_FOLDER) --eval-freq 5000 --eval-episodes 20
+	SDL_VIDEODRIVER=dummy $(BIN)/python -m rl_zoo3.enjoy $(DEMO) -f $(DEMO_FOLDER) --load-best --no-render -n 10000
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@

@@ -1,0 +1,217 @@
+"""The replay buffer holds what SB3's hold and gives what a naive list of transitions gives."""
+
+import copy
+import pickle
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from helpers import DictEnv, TimeoutEnv, assert_equal, replay_contents
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+
+from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source
+from sb3_scratch_dqn.replay.stores import DenseStore, map_observation
+
+VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32)
+NESTED = gym.spaces.Dict({"a": VECTOR, "b": gym.spaces.Discrete(5)})
+ACTIONS = gym.spaces.Discrete(3)
+
+
+class ListReplay:
+    """The oracle: every step of every environment in a list, n-step returns by a loop."""
+
+    def __init__(self, capacity):
+        self.capacity = capacity
+        self.rows = {}  # row of the ring -> what was added there
+        self.pos = 0
+
+    def add(self, *step):
+        self.rows[self.pos] = copy.deepcopy(step)
+        self.newest = self.pos
+        self.pos = (self.pos + 1) % self.capacity
+
+    def transition(self, row, env, n_steps, gamma, shared_observations=False):
+        total, discount = 0.0, 1.0
+        for k in range(n_steps):
+            at = (row + k) % self.capacity
+            _, next_obs, _, reward, done, infos = self.rows[at]
+            total += discount * float(reward[env])
+            discount *= gamma
+            truncated = infos[env].get("TimeLimit.truncated", False)
+            if done[env] or truncated or at == self.newest or k == n_steps - 1:
+                if shared_observations and at != self.newest:
+                    next_obs = self.rows[(at + 1) % self.capacity][0]
+                terminated = bool(done[env]) and not truncated
+                obs, _, action = self.rows[row][:3]
+
+                def of(observation):
+                    return map_observation(lambda array: np.asarray(array[env]), observation)
+
+                return of(obs), int(action[env]), total, 0.0 if terminated else discount, of(next_obs)
+        raise AssertionError("unreachable")
+
+
+def random_steps(space, n_envs, steps, rng):
+    """Steps with made-up observations, one ending in ten a termination, one a truncation."""
+
+    def observe():
+        if isinstance(space, gym.spaces.Dict):
+            return {
+                "a": rng.uniform(-1, 1, (n_envs, 2)).astype(np.float32),
+                "b": rng.integers(0, 5, n_envs),
+            }
+        return rng.uniform(-1, 1, (n_envs, 2)).astype(np.float32)
+
+    for _ in range(steps):
+        ends = rng.uniform(size=n_envs)
+        yield (
+            observe(),
+            observe(),
+            rng.integers(0, 3, n_envs),
+            rng.normal(size=n_envs).astype(np.float32),
+            ends < 0.2,
+            [{"TimeLimit.truncated": bool(0.1 <= end < 0.2)} for end in ends],
+        )
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    capacity=st.integers(1, 40),
+    steps=st.integers(1, 100),
+    n_envs=st.integers(1, 3),
+    n_steps=st.integers(1, 5),
+    nested=st.booleans(),
+    share=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_batches_equal_those_of_a_naive_list(capacity, steps, n_envs, n_steps, nested, share, seed):
+    space = NESTED if nested else VECTOR
+    if share:
+        capacity = max(capacity, 2)  # with room for one observation there is no transition
+    buffer = ScratchReplayBuffer(
+        capacity * n_envs,
+        space,
+        ACTIONS,
+        device="cpu",
+        n_envs=n_envs,
+        n_steps=n_steps,
+        optimize_memory_usage=share,
+        handle_timeout_termination=not share,
+    )
+    oracle = ListReplay(capacity)
+    for obs, next_obs, action, reward, done, infos in random_steps(space, n_envs, steps, np.random.default_rng(seed)):
+        if share:
+            infos = [{} for _ in infos]
+        buffer.add(obs, next_obs, action, reward, done, infos)
+        oracle.add(obs, next_obs, action, reward, done, infos)
+
+    np.random.seed(seed)
+    rows, envs, _ = buffer.sampler.draw(buffer, 16)
+    np.random.seed(seed)
+    batch = buffer.sample_batch(16, gamma=0.9)
+    for index, (row, env) in enumerate(zip(rows, envs, strict=True)):
+        obs, action, returned, discount, next_obs = oracle.transition(row, env, n_steps, 0.9, share)
+        for expected, got in ((obs, batch.observations), (next_obs, batch.next_observations)):
+            for key in expected if nested else [None]:
+                one = expected[key] if nested else expected
+                np.testing.assert_array_equal(one, (got[key] if nested else got)[index].numpy().reshape(one.shape))
+        assert batch.actions[index] == action
+        assert batch.returns[index].item() == pytest.approx(returned, rel=1e-5, abs=1e-6)
+        assert batch.discounts[index].item() == pytest.approx(discount, rel=1e-5)
+        assert batch.weights[index] == 1
+
+
+@pytest.mark.parametrize(
+    ("reference_class", "space", "kwargs"),
+    [
+        (ReplayBuffer, VECTOR, {}),
+        (ReplayBuffer, VECTOR, {"optimize_memory_usage": True, "handle_timeout_termination": False}),
+        (DictReplayBuffer, NESTED, {}),
+        (NStepReplayBuffer, VECTOR, {"n_steps": 3, "gamma": 0.9}),
+    ],
+)
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_samples_equal_those_of_sb3(reference_class, space, kwargs, n_envs):
+    reference = reference_class(60, space, ACTIONS, device="cpu", n_envs=n_envs, **kwargs)
+    buffer = ScratchReplayBuffer(60, space, ACTIONS, device="cpu", n_envs=n_envs, **kwargs)
+    for count, step in enumerate(random_steps(space, n_envs, 90, np.random.default_rng(0))):
+        reference.add(*copy.deepcopy(step))
+        buffer.add(*copy.deepcopy(step))
+        if count % 7 == 3:
+            assert_equal(replay_contents(reference), replay_contents(buffer))
+            np.random.seed(count)
+            expected = reference.sample(13)
+            np.random.seed(count)
+            got = buffer.sample(13)
+            assert type(got) is type(expected)
+            assert_equal(expected._asdict(), got._asdict())
+            # and the batch an update sees is the same, whichever buffer it came from
+            batches = []
+            for source in (reference, buffer):
+                np.random.seed(count)
+                batches.append(batch_source(source, None, 0.9)(13)._asdict())
+            assert_equal(*batches)
+
+
+def test_memory_is_asked_for_as_the_buffer_fills():
+    buffer = ScratchReplayBuffer(10**12, VECTOR, ACTIONS, device="cpu")
+    assert sum(array.nbytes for array in vars(buffer.store).values() if isinstance(array, np.ndarray)) == 0
+    for step in random_steps(VECTOR, 1, 1000, np.random.default_rng(0)):
+        buffer.add(*step)
+    assert 1000 <= len(buffer.observations) <= 2000
+    assert buffer.size() == 1000
+
+
+def test_a_store_never_grows_beyond_its_capacity():
+    store = DenseStore(300, 2, VECTOR, 1, np.int64)
+    store.reserve(200)
+    assert store.rows == 256
+    store.reserve(257)  # doubled, that would be 512
+    assert store.rows == 300
+    assert store.observations.shape == (300, 2, 2)
+
+
+def test_copies_and_pickles_hold_what_was_filled():
+    buffer = ScratchReplayBuffer(10_000, NESTED, ACTIONS, device="cpu", n_steps=2)
+    for step in random_steps(NESTED, 1, 300, np.random.default_rng(0)):
+        buffer.add(*step)
+    for restored in (copy.deepcopy(buffer), pickle.loads(pickle.dumps(buffer))):
+        assert len(restored.rewards) == 300
+        assert_equal(replay_contents(buffer), replay_contents(restored))
+        restored.add(*next(random_steps(NESTED, 1, 1, np.random.default_rng(1))))
+        assert restored.size() == 301
+    assert len(buffer.rewards) == 512
+
+
+def test_an_empty_buffer_says_so():
+    with pytest.raises(ValueError, match="the replay buffer is empty"):
+        ScratchReplayBuffer(10, VECTOR, ACTIONS).sample(1)
+
+
+def test_observations_once_and_timeouts_do_not_go_together():
+    with pytest.raises(ValueError, match=r"optimize_memory_usage=True needs .*handle_timeout_termination=False"):
+        ScratchReplayBuffer(10, VECTOR, ACTIONS, optimize_memory_usage=True)
+
+
+def test_there_are_no_next_observations_where_observations_are_kept_once():
+    buffer = ScratchReplayBuffer(10, VECTOR, ACTIONS, optimize_memory_usage=True, handle_timeout_termination=False)
+    with pytest.raises(AttributeError, match="the following row"):
+        _ = buffer.next_observations
+
+
+@pytest.mark.parametrize("env", [TimeoutEnv(), DictEnv()])
+def test_sampled_tensors_do_not_share_memory_with_the_buffer(env):
+    buffer = ScratchReplayBuffer(10, env.observation_space, env.action_space, device="cpu")
+    obs, _ = env.reset(seed=0)
+    obs = {key: np.asarray(value)[None] for key, value in obs.items()} if isinstance(obs, dict) else obs[None]
+    buffer.add(obs, obs, np.array([1]), np.array([2.0]), np.array([False]), [{}])
+    before = replay_contents(buffer)
+    batch = buffer.sample_batch(4)
+    for field in batch:
+        for tensor in field.values() if isinstance(field, dict) else [field]:
+            if isinstance(tensor, th.Tensor):
+                tensor.zero_()
+    assert_equal(before, replay_contents(buffer))
