@@ -12,7 +12,7 @@ A range is of whole numbers where both of its ends are. The names are those of `
 ``DERIVED`` for settings that are searched in another form than they are set in.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import optuna
@@ -50,26 +50,51 @@ DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {
 _RANGE_KEYS = {"low", "high", "log", "step"}
 
 
-def suggest(trial: optuna.Trial, space: Mapping[str, Any]) -> dict[str, Any]:
-    """Draw one value for each name in a space.
+def check_space(space: Any, settings: Collection[str]) -> None:
+    """Refuse a space that a search could not draw from.
 
-    :raises ValueError: if the space says neither a choice nor a range for a name
+    :param space: as a settings file declares it
+    :param settings: the names of all settings that there are
+    :raises ValueError: naming what is wrong
     """
+    if not isinstance(space, Mapping) or not space:
+        raise ValueError(f"search_space={space!r} must map names of settings to choices or ranges")
+    for name, choices in space.items():
+        if name not in settings and name not in DERIVED and name != "subsample_steps":
+            raise ValueError(f"search_space: {name!r} is no setting of ScratchDQN, nor one of {', '.join(DERIVED)}")
+        if not _is_choice(choices) and not _is_range(choices):
+            raise ValueError(
+                f"search_space: {name}={choices!r} must be a list of choices, or a range such as "
+                "{low: 0.1, high: 1.0}, with log or step if wanted (in YAML, 1e-5 is a text and 1.0e-5 a number)"
+            )
+    if "subsample_steps" in space and "train_freq" not in space:
+        raise ValueError("search_space: subsample_steps is searched in proportion to train_freq, so search that too")
+
+
+def _is_choice(choices: Any) -> bool:
+    return isinstance(choices, list) and len(choices) > 0
+
+
+def _is_range(choices: Any) -> bool:
+    if not isinstance(choices, Mapping) or not {"low", "high"} <= set(choices) <= _RANGE_KEYS:
+        return False
+    low, high = choices["low"], choices["high"]
+    if not isinstance(low, int | float) or not isinstance(high, int | float) or low > high:
+        return False
+    return not choices.get("log", False) or low > 0
+
+
+def suggest(trial: optuna.Trial, space: Mapping[str, Any]) -> dict[str, Any]:
+    """Draw one value for each name in a space."""
     return {name: _suggest_one(trial, name, choices) for name, choices in space.items()}
 
 
 def _suggest_one(trial: optuna.Trial, name: str, choices: Any) -> Any:
-    if isinstance(choices, list) and choices:
+    if _is_choice(choices):
         return trial.suggest_categorical(name, choices)
-    if isinstance(choices, Mapping) and {"low", "high"} <= set(choices) <= _RANGE_KEYS:
-        suggest_number = trial.suggest_float
-        if isinstance(choices["low"], int) and isinstance(choices["high"], int):
-            suggest_number = trial.suggest_int  # type: ignore[assignment]  # both take the same arguments
-        return suggest_number(name, **choices)
-    raise ValueError(
-        f"search_space: {name}={choices!r} must be a list of choices, "
-        "or a range such as {low: 0.1, high: 1.0} with log or step if wanted"
-    )
+    if isinstance(choices["low"], int) and isinstance(choices["high"], int):
+        return trial.suggest_int(name, **choices)
+    return trial.suggest_float(name, **choices)
 
 
 def sample_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import optuna
 
 from sb3_scratch_dqn.dqn import ScratchDQN
-from sb3_scratch_dqn.search_space import convert_params, sample_params
+from sb3_scratch_dqn.search_space import check_space, convert_params, sample_params
 
 NAME = "scratch_dqn"
 
@@ -115,6 +115,8 @@ def _extend_preprocess_hyperparams(original: Callable[..., Any]) -> Callable[...
     def _preprocess_hyperparams(self: Any, hyperparams: dict[str, Any]) -> Any:
         if self.algo == NAME:
             self.search_space = hyperparams.pop("search_space", None)
+            if self.search_space is not None:
+                check_space(self.search_space, signature(ScratchDQN).parameters)
         return original(self, hyperparams)
 
     return _preprocess_hyperparams

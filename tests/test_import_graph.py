@@ -1,0 +1,73 @@
+"""Imports go one way through the package, and none reaches into SB3's DQN."""
+
+import ast
+from pathlib import Path
+
+import sb3_scratch_dqn
+
+ROOT = Path(sb3_scratch_dqn.__file__).parent
+
+# What a part may import, beside itself
+ALLOWED = {
+    "heads": set(),
+    "target_sync": set(),
+    "exploration": set(),
+    "search_space": set(),
+    "replay": set(),
+    "td": {"heads", "replay"},
+    "networks": {"heads"},
+    "policies": {"networks", "heads"},
+    "engines": {"td", "heads", "policies", "replay"},
+    "checks": {"replay"},
+    "conversion": {"checks", "replay", "policies"},
+    "dqn": {
+        "checks", "conversion", "engines", "exploration", "heads", "networks", "policies", "replay", "target_sync",
+    },
+    "zoo": {"dqn", "search_space"},
+    "__init__": {"dqn", "policies", "replay"},
+}  # fmt: skip
+
+
+def imports(path):
+    """Names imported by a module at run time, with whether that happens when it is loaded."""
+    tree = ast.parse(path.read_text())
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node in tree.body
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node in tree.body
+
+
+def parts():
+    for path in ROOT.rglob("*.py"):
+        yield path, path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def test_every_part_imports_only_what_it_may():
+    for path, part in parts():
+        for name, _ in imports(path):
+            if name.startswith("sb3_scratch_dqn."):
+                imported = name.split(".")[1]
+                assert imported == part or imported in ALLOWED[part], f"{path} imports {name}"
+
+
+def test_the_picture_has_no_part_that_does_not_exist():
+    assert {part for _, part in parts()} == ALLOWED.keys()
+
+
+def test_only_the_conversion_imports_dqn_of_sb3_and_only_when_it_converts():
+    for path, part in parts():
+        for name, when_loaded in imports(path):
+            if name.startswith("stable_baselines3.dqn") or name in ("stable_baselines3.DQN", "stable_baselines3"):
+                assert part == "conversion", f"{path} imports {name}"
+                assert not when_loaded, f"{path} imports {name} when it is loaded"
