@@ -123,13 +123,10 @@ def check_same_spaces(
             raise ValueError(f"{what} has the {kind} space {given}, but the model's is {needed}")
 
 
-def read_model_settings(path: Path, algorithm: str, own_settings: Iterable[str], hint: str = "") -> dict[str, Any]:
-    """Read the settings in a model file, and refuse a file that is no whole model file of this algorithm.
+def read_model_settings(path: Path) -> dict[str, Any]:
+    """Read the settings in a model file of SB3's format, and refuse a file that is none, or not a whole one.
 
     :param path: a path, with or without its ``.zip``, or an open file
-    :param algorithm: the algorithm that is to read it
-    :param own_settings: what such a model knows of itself, and models of other algorithms do not
-    :param hint: what to do with a model of another algorithm
     :return: the settings as JSON has them: nothing is unpickled
     :raises FileNotFoundError: if there is no such file
     """
@@ -146,13 +143,23 @@ def read_model_settings(path: Path, algorithm: str, own_settings: Iterable[str],
         _release(file, path)
     if damaged:
         raise ValueError(f"path={path!r} is a damaged model file: the checksum of {damaged!r} is wrong")
-    if not set(own_settings) <= set(settings):
-        policy = settings.get("policy_class", {}).get("__module__", "unknown")
-        raise ValueError(
-            f"path={path!r} must be a model saved by {algorithm}, but another algorithm saved it "
-            f"(its policy: {policy}){hint}"
-        )
     return settings
+
+
+def check_saved_by(algorithm: str, path: Path, settings: dict[str, Any], own_settings: Iterable[str]) -> None:
+    """Refuse a model of another algorithm.
+
+    :param algorithm: the algorithm that is to load it
+    :param path: where the model is
+    :param settings: as :func:`read_model_settings` read them there
+    :param own_settings: what such a model knows of itself, and models of other algorithms do not
+    """
+    if not set(own_settings) <= set(settings):
+        policy = settings.get("policy_class", {}).get("__module__")
+        raise ValueError(
+            f"path={path!r} must be a model saved by {algorithm}, but another algorithm saved it (its policy is from "
+            f"{policy}); ScratchDQN.from_sb3() reads those of SB3's DQN"
+        )
 
 
 def subset_as_json(settings: dict[str, Any], names: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
 
-from sb3_scratch_dqn.checks import parse_frequency
+from sb3_scratch_dqn.checks import parse_frequency, read_model_settings
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 
 if TYPE_CHECKING:
@@ -59,13 +59,17 @@ def from_sb3(
     """Implement :meth:`sb3_scratch_dqn.ScratchDQN.from_sb3`."""
     from stable_baselines3.dqn import DQN
 
-    model = DQN.load(source, env=env, device=device) if isinstance(source, str | pathlib.Path) else source
+    model = source
+    if isinstance(source, str | pathlib.Path):
+        _check_saved_by_dqn(source)
+        model = DQN.load(source, env=env, device=device)
     if not isinstance(model, DQN):
         raise ValueError(f"model={model!r} must be a DQN of Stable-Baselines3, or the path of one")
     changed: dict[str, Any] = {
         "replay_buffer_class": model.replay_buffer_class,
         "replay_buffer_kwargs": dict(model.replay_buffer_kwargs),
         "_episodes_finished": model._episode_num,
+        "stats_window_size": model._stats_window_size,
     }
     if model.replay_buffer_class in _PLAIN_BUFFERS:
         changed["replay_buffer_class"] = None
@@ -122,6 +126,15 @@ def to_sb3(model: "ScratchDQN") -> "DQN":
     elif model.replay_buffer is not None:
         converted.replay_buffer = _copy_foreign_buffer(model.replay_buffer)
     return converted
+
+
+def _check_saved_by_dqn(path: str | pathlib.Path) -> None:
+    policy = read_model_settings(path).get("policy_class", {}).get("__module__")
+    if policy != "stable_baselines3.dqn.policies":
+        raise ValueError(
+            f"model={path!r} must be a file saved by DQN of Stable-Baselines3 with one of its own policies, "
+            f"but its policy is from {policy}"
+        )
 
 
 def _policy_pairs() -> dict[type[BasePolicy], type[BasePolicy]]:

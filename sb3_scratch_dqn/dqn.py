@@ -124,7 +124,6 @@ class ScratchDQN(OffPolicyAlgorithm):
         exploration_decay: float = 0.995,
         engine: str = "auto",
     ) -> None:
-        checks.check_count("stats_window_size", stats_window_size)
         super().__init__(
             policy,
             env,
@@ -151,6 +150,7 @@ class ScratchDQN(OffPolicyAlgorithm):
         )
         # Every argument is an attribute of its name, and what follows from them is made in _setup_model:
         # loading a model writes new settings into the attributes, then calls it.
+        self.stats_window_size = stats_window_size
         self.target_update_interval = target_update_interval
         self.exploration_fraction = exploration_fraction
         self.exploration_initial_eps = exploration_initial_eps
@@ -178,7 +178,7 @@ class ScratchDQN(OffPolicyAlgorithm):
             raise ValueError(f"policy={self.policy_class!r} must be a subclass of sb3_scratch_dqn.DQNPolicy")
         if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, ReplayBuffer):
             raise ValueError(f"replay_buffer_class={self.replay_buffer_class!r} must be a subclass of ReplayBuffer")
-        for name in ("buffer_size", "batch_size", "n_steps"):
+        for name in ("buffer_size", "batch_size", "n_steps", "stats_window_size"):
             checks.check_count(name, getattr(self, name))
         checks.check_count("learning_starts", self.learning_starts, minimum=0)
         checks.check_count("gradient_steps", self.gradient_steps, minimum=-1)
@@ -190,7 +190,10 @@ class ScratchDQN(OffPolicyAlgorithm):
         checks.check_learning_rate(self.learning_rate)
         checks.check_choice("loss", self.loss, LOSSES)
         checks.check_choice("engine", self.engine, ENGINE_NAMES)
-        if not callable(self.exploration_schedule):
+        if callable(self.exploration_schedule):
+            for progress in (1.0, 0.0):
+                checks.check_fraction(f"exploration_schedule({progress})", self.exploration_schedule(progress))
+        else:
             checks.check_choice("exploration_schedule", self.exploration_schedule, EXPLORATION_SCHEDULES)
         unit = checks.parse_frequency("train_freq", self.train_freq)[1]
         if unit == "episode" and self.n_envs > 1:
@@ -205,6 +208,7 @@ class ScratchDQN(OffPolicyAlgorithm):
         self.target_update_interval = frequency if unit == "step" else (frequency, unit)
         self.train_freq = checks.parse_frequency("train_freq", self.train_freq)
         self._convert_train_freq()
+        self._stats_window_size = self.stats_window_size
 
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -431,7 +435,7 @@ class ScratchDQN(OffPolicyAlgorithm):
         :raises RuntimeError: if names or shapes of parameters differ
         """
         if not isinstance(load_path_or_dict, dict):
-            checks.read_model_settings(load_path_or_dict, type(self).__name__, own_settings=())
+            checks.read_model_settings(load_path_or_dict)
         before = deepcopy(self.get_parameters())
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
@@ -462,8 +466,8 @@ class ScratchDQN(OffPolicyAlgorithm):
         :raises FileNotFoundError: if there is no such file
         :raises ValueError: if the file is not a whole model of this algorithm, or ``env`` has other spaces than it
         """
-        hint = "; ScratchDQN.from_sb3() reads models that SB3's DQN saved"
-        saved = checks.read_model_settings(path, cls.__name__, cls.own_settings, hint)
+        saved = checks.read_model_settings(path)
+        checks.check_saved_by(cls.__name__, path, saved, cls.own_settings)
         if env is not None:
             model_spaces = json_to_data(
                 checks.subset_as_json(saved, ("observation_space", "action_space")), custom_objects

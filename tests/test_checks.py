@@ -54,6 +54,7 @@ from sb3_scratch_dqn.checks import parse_frequency
         ("learning_rate", -1e-3, "at least 0"),
         ("learning_rate", "fast", "at least 0"),
         ("stats_window_size", 0, "at least 1"),
+        ("stats_window_size", "all", "whole number"),
         ("policy", ReferencePolicy, "subclass of sb3_scratch_dqn.DQNPolicy"),
         ("replay_buffer_class", RolloutBuffer, "subclass of ReplayBuffer"),
     ],
@@ -65,6 +66,13 @@ def test_a_bad_setting_is_named_with_its_value_and_what_would_be_right(name, val
     assert repr(value) in message
     assert right in message
     assert "\n" not in message
+
+
+def test_a_schedule_that_leaves_the_unit_interval_is_refused():
+    with pytest.raises(ValueError, match=r"exploration_schedule\(0.0\)=-1.0 must be a number between 0 and 1"):
+        ScratchDQN(
+            "MlpPolicy", TimeoutEnv(), exploration_schedule=lambda progress_remaining: 2 * progress_remaining - 1
+        )
 
 
 def test_infinity_leaves_gradients_alone():

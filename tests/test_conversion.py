@@ -115,9 +115,13 @@ def test_to_sb3_warns_of_what_sb3_cannot_do():
     assert converted.target_update_interval == 10_000
 
 
-def test_what_has_no_counterpart_is_refused():
+def test_what_has_no_counterpart_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be a DQN of Stable-Baselines3"):
         ScratchDQN.from_sb3(PPO("MlpPolicy", TimeoutEnv(), n_steps=64, device="cpu"))
+
+    PPO("MlpPolicy", TimeoutEnv(), n_steps=64, device="cpu").save(tmp_path / "ppo.zip")
+    with pytest.raises(ValueError, match=r"ppo.zip'\) must be a file saved by DQN of Stable-Baselines3"):
+        ScratchDQN.from_sb3(tmp_path / "ppo.zip")
 
     class MyPolicy(ReferencePolicy):
         pass
