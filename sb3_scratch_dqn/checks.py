@@ -3,24 +3,15 @@
 Every error is a :class:`ValueError` of one sentence that names the argument, its value and what would be right.
 """
 
-import io
-import json
 import math
-import pathlib
-import pickle
-import zipfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol
 
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import TrainFreq
 
 from sb3_scratch_dqn.replay.stores import Space
-
-Path = str | pathlib.Path | io.BufferedIOBase
 
 FREQUENCY_UNITS = ("step", "episode")
 
@@ -104,90 +95,24 @@ def check_action_space(action_space: Space) -> None:
         )
 
 
-def check_same_spaces(
-    what: str,
-    observation_space: Space,
-    action_space: Space,
-    model_observation_space: Space,
-    model_action_space: Space,
-) -> None:
-    """Refuse an environment or a replay buffer that was made for other spaces than the model.
+class HasSpaces(Protocol):
+    """An environment or a replay buffer."""
 
-    :param what: what has the first two spaces
+    observation_space: Space
+    action_space: Space
+
+
+def check_same_spaces(what: str, given: HasSpaces, observation_space: Space, action_space: Space) -> None:
+    """Refuse an environment or a replay buffer that was made for other spaces than a model.
+
+    :param what: what is given, for the message
+    :param given: the environment or the replay buffer
+    :param observation_space: of the model
+    :param action_space: of the model
     """
-    for kind, given, needed in (
-        ("observation", observation_space, model_observation_space),
-        ("action", action_space, model_action_space),
+    for kind, its, needed in (
+        ("observation", given.observation_space, observation_space),
+        ("action", given.action_space, action_space),
     ):
-        if given != needed:
-            raise ValueError(f"{what} has the {kind} space {given}, but the model's is {needed}")
-
-
-def read_model_settings(path: Path) -> dict[str, Any]:
-    """Read the settings in a model file of SB3's format, and refuse a file that is none, or not a whole one.
-
-    :param path: a path, with or without its ``.zip``, or an open file
-    :return: the settings as JSON has them: nothing is unpickled
-    :raises FileNotFoundError: if there is no such file
-    """
-    file = open_path(path, "r", suffix="zip")
-    damaged = None
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-            settings: dict[str, Any] = {} if damaged else json.loads(archive.read("data"))
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
-        # A file that was cut may still be a zip file: it holds others, with an end of their own
-        raise ValueError(f"path={path!r} is no model file, or was cut short: {error}") from error
-    finally:
-        _release(file, path)
-    if damaged:
-        raise ValueError(f"path={path!r} is a damaged model file: the checksum of {damaged!r} is wrong")
-    return settings
-
-
-def check_saved_by(algorithm: str, path: Path, settings: dict[str, Any], own_settings: Iterable[str]) -> None:
-    """Refuse a model of another algorithm.
-
-    :param algorithm: the algorithm that is to load it
-    :param path: where the model is
-    :param settings: as :func:`read_model_settings` read them there
-    :param own_settings: what such a model knows of itself, and models of other algorithms do not
-    """
-    if not set(own_settings) <= set(settings):
-        policy = settings.get("policy_class", {}).get("__module__")
-        raise ValueError(
-            f"path={path!r} must be a model saved by {algorithm}, but another algorithm saved it (its policy is from "
-            f"{policy}); ScratchDQN.from_sb3() reads those of SB3's DQN"
-        )
-
-
-def subset_as_json(settings: dict[str, Any], names: Iterable[str]) -> str:
-    """Some of what :func:`read_model_settings` read, for SB3's ``json_to_data``."""
-    return json.dumps({name: settings[name] for name in names})
-
-
-def read_replay_buffer(path: Path) -> ReplayBuffer:
-    """Read a pickled replay buffer.
-
-    :param path: a path, with or without its ``.pkl``, or an open file
-    :raises FileNotFoundError: if there is no such file
-    """
-    file = open_path(path, "r", suffix="pkl")
-    try:
-        buffer = pickle.load(file)
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"path={path!r} is no replay buffer file, or was cut short: {error}") from error
-    finally:
-        _release(file, path)
-    if not isinstance(buffer, ReplayBuffer):
-        raise ValueError(f"path={path!r} must hold a ReplayBuffer, but holds a {type(buffer).__name__}")
-    return buffer
-
-
-def _release(file: Any, path: Path) -> None:
-    # A file that the caller opened stays open, and is read again
-    if isinstance(path, str | pathlib.Path):
-        file.close()
-    else:
-        file.seek(0)
+        if its != needed:
+            raise ValueError(f"{what} has the {kind} space {its}, but the model's is {needed}")

@@ -19,7 +19,8 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
 
-from sb3_scratch_dqn.checks import parse_frequency, read_model_settings
+from sb3_scratch_dqn.checks import parse_frequency
+from sb3_scratch_dqn.files import read_model_settings
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 
 if TYPE_CHECKING:

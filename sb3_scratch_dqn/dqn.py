@@ -2,7 +2,6 @@
 
 import pathlib
 import warnings
-from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -11,16 +10,16 @@ import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import json_to_data
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_scratch_dqn import checks, conversion
+from sb3_scratch_dqn.checked_algorithm import CheckedOffPolicyAlgorithm
 from sb3_scratch_dqn.engines import ENGINE_NAMES, choose_engine
 from sb3_scratch_dqn.exploration import EXPLORATION_SCHEDULES, Actions, epsilon_greedy, make_epsilon_schedule
+from sb3_scratch_dqn.files import Path
 from sb3_scratch_dqn.heads import LOSSES
 from sb3_scratch_dqn.networks import QNetwork
 from sb3_scratch_dqn.policies import CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 SelfScratchDQN = TypeVar("SelfScratchDQN", bound="ScratchDQN")
 
 
-class ScratchDQN(OffPolicyAlgorithm):
+class ScratchDQN(CheckedOffPolicyAlgorithm):
     """Deep Q-Network, from scratch (https://arxiv.org/abs/1312.5602, https://www.nature.com/articles/nature14236).
 
     The positional parameters are those of SB3's ``DQN``, with the same defaults; the keyword-only ones come on top.
@@ -83,8 +82,7 @@ class ScratchDQN(OffPolicyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    # What a saved ScratchDQN knows of itself, and models of other algorithms do not
-    own_settings: ClassVar[tuple[str, ...]] = ("loss", "exploration_schedule", "exploration_decay", "engine")
+    own_settings = ("loss", "exploration_schedule", "exploration_decay", "engine")
 
     policy: DQNPolicy
     q_net: QNetwork
@@ -244,7 +242,12 @@ class ScratchDQN(OffPolicyAlgorithm):
         buffer_class = self.replay_buffer_class or ScratchReplayBuffer
         kwargs = dict(self.replay_buffer_kwargs)
         if issubclass(buffer_class, ScratchReplayBuffer):
-            kwargs = {"n_steps": self.n_steps, "gamma": self.gamma, **kwargs}
+            for name in ("n_steps", "gamma"):
+                if kwargs.setdefault(name, getattr(self, name)) != getattr(self, name):
+                    raise ValueError(
+                        f"replay_buffer_kwargs[{name!r}]={kwargs[name]!r} must be given to ScratchDQN itself, "
+                        f"as {name}, which is {getattr(self, name)!r}"
+                    )
         elif self.n_steps > 1:
             warnings.warn(
                 f"`n_steps={self.n_steps}` is ignored because `replay_buffer_class={buffer_class.__name__}` was given: "
@@ -403,105 +406,13 @@ class ScratchDQN(OffPolicyAlgorithm):
         """
         return self.policy.q_values(observation)
 
-    # Environments, parameters and files
+    # Files and SB3's DQN
 
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """Go on in another environment, of the same spaces.
-
-        :param env: the environment
-        :param force_reset: reset it before training goes on
-        :raises ValueError: if its spaces differ from the model's
-        """
-        env = self._wrap_env(env, self.verbose)
-        self._check_env(env, self.observation_space, self.action_space)
-        super().set_env(env, force_reset)
-
-    @staticmethod
-    def _check_env(env: GymEnv, observation_space: Any, action_space: Any) -> None:
-        checks.check_same_spaces("env", env.observation_space, env.action_space, observation_space, action_space)
-
-    def set_parameters(
-        self,
-        load_path_or_dict: str | TensorDict,
-        exact_match: bool = True,
-        device: th.device | str = "auto",
-    ) -> None:
-        """Replace the parameters of the networks and the optimiser; if that fails, leave them as they were.
-
-        :param load_path_or_dict: a saved model, or what ``get_parameters`` gave
-        :param exact_match: refuse parameters that are not just those of this model
-        :param device: where to load a saved model
-        :raises ValueError: if objects are missing or unknown, or the file is no model
-        :raises RuntimeError: if names or shapes of parameters differ
-        """
-        if not isinstance(load_path_or_dict, dict):
-            checks.read_model_settings(load_path_or_dict)
-        before = deepcopy(self.get_parameters())
-        try:
-            super().set_parameters(load_path_or_dict, exact_match, device)
-        except Exception:
-            super().set_parameters(before)  # type: ignore[arg-type]
-            raise
-
-    @classmethod
-    def load(
-        cls: type[SelfScratchDQN],
-        path: checks.Path,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> SelfScratchDQN:
-        """Load a saved model.
-
-        :param path: the file, with or without its ``.zip``
-        :param env: to go on in; not needed to predict
-        :param device: where to compute
-        :param custom_objects: replacements for saved settings
-        :param print_system_info: print the versions that the model was saved with
-        :param force_reset: reset the environment before training goes on
-        :param kwargs: settings to change
-        :raises FileNotFoundError: if there is no such file
-        :raises ValueError: if the file is not a whole model of this algorithm, or ``env`` has other spaces than it
-        """
-        saved = checks.read_model_settings(path)
-        checks.check_saved_by(cls.__name__, path, saved, cls.own_settings)
-        if env is not None:
-            model_spaces = json_to_data(
-                checks.subset_as_json(saved, ("observation_space", "action_space")), custom_objects
-            )
-            env = cls._wrap_env(env, saved["verbose"])
-            cls._check_env(env, **model_spaces)
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-
-    def load_replay_buffer(self, path: checks.Path, truncate_last_traj: bool = True) -> None:
-        """Load a saved replay buffer, this package's or SB3's; the file is a pickle, so trust whom it comes from.
-
-        :param path: the file, with or without its ``.pkl``
-        :param truncate_last_traj: with ``HerReplayBuffer``, end the last episode in the buffer where it was cut
-        :raises FileNotFoundError: if there is no such file
-        :raises ValueError: if the file is no replay buffer, or one of other spaces or another number of environments
-        """
-        buffer = checks.read_replay_buffer(path)
-        what = f"the replay buffer in path={path!r}"
-        checks.check_same_spaces(
-            what, buffer.observation_space, buffer.action_space, self.observation_space, self.action_space
-        )
-        if buffer.n_envs != self.n_envs:
-            raise ValueError(f"{what} has n_envs={buffer.n_envs}, but must have n_envs={self.n_envs}, as the model")
-        if isinstance(buffer, HerReplayBuffer):
-            if self.env is None:
-                raise ValueError(f"env=None: {what} needs the environment to compute rewards; call set_env() first")
-            buffer.set_env(self.env)
-            if truncate_last_traj:
-                buffer.truncate_last_trajectory()
-        if isinstance(buffer, ScratchReplayBuffer):
+    def load_replay_buffer(self, path: Path, truncate_last_traj: bool = True) -> None:  # noqa: D102
+        super().load_replay_buffer(path, truncate_last_traj)
+        if isinstance(self.replay_buffer, ScratchReplayBuffer):
             # How steps are folded is a setting of the model, not part of what was stored
-            buffer.n_steps = self.n_steps
-        buffer.device = self.device
-        self.replay_buffer = buffer
+            self.replay_buffer.n_steps = self.n_steps
 
     def _excluded_save_params(self) -> list[str]:
         made_by_setup = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target"]
@@ -509,8 +420,6 @@ class ScratchDQN(OffPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
-
-    # SB3's DQN
 
     @classmethod
     def from_sb3(

@@ -241,6 +241,12 @@ def test_folding_steps_needs_a_buffer_that_can():
         ScratchDQN("MlpPolicy", TimeoutEnv(), n_steps=3, replay_buffer_class=ReplayBuffer, buffer_size=100)
 
 
+def test_settings_of_the_replay_that_contradict_the_model_are_refused():
+    with pytest.raises(ValueError, match=r"replay_buffer_kwargs\['n_steps'\]=3 must be given to ScratchDQN itself"):
+        ScratchDQN("MlpPolicy", TimeoutEnv(), replay_buffer_kwargs={"n_steps": 3})
+    ScratchDQN("MlpPolicy", TimeoutEnv(), n_steps=3, replay_buffer_kwargs={"n_steps": 3, "gamma": 0.99})
+
+
 def test_a_small_buffer_serves_a_loaded_model_until_it_trains(files):
     model = ScratchDQN.load(files / "good.zip", env=TimeoutEnv(), buffer_size=1)
     model.predict(np.zeros(3, dtype=np.float32))

@@ -1,14 +1,25 @@
 """Which transitions an update learns from."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch as th
 
 from sb3_scratch_dqn.replay.stores import Array
 
-if TYPE_CHECKING:
-    from sb3_scratch_dqn.replay.buffer import ScratchReplayBuffer
+
+class Ring(Protocol):
+    """What a sampler needs to know of a buffer; the names are those of SB3's ``ReplayBuffer``."""
+
+    pos: int
+    full: bool
+    buffer_size: int
+    n_envs: int
+    optimize_memory_usage: bool
+    device: th.device
+
+    def size(self) -> int:
+        """Rows filled."""
 
 
 class Draw(NamedTuple):
@@ -31,7 +42,7 @@ class UniformSampler:
     choose the same transitions from the same random state.
     """
 
-    def draw(self, buffer: "ScratchReplayBuffer", batch_size: int) -> Draw:
+    def draw(self, buffer: Ring, batch_size: int) -> Draw:
         """Choose ``batch_size`` transitions.
 
         :raises ValueError: if the buffer is empty
@@ -46,6 +57,6 @@ class UniformSampler:
         return Draw(rows, self.draw_envs(buffer, batch_size), th.ones(batch_size, device=buffer.device))
 
     @staticmethod
-    def draw_envs(buffer: "ScratchReplayBuffer", batch_size: int) -> Array:
+    def draw_envs(buffer: Ring, batch_size: int) -> Array:
         """Choose an environment for each of ``batch_size`` transitions."""
         return np.random.randint(0, high=buffer.n_envs, size=(batch_size,))

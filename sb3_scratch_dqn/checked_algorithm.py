@@ -1,0 +1,113 @@
+"""SB3's off-policy algorithm, made to look at environments and files before it takes them.
+
+SB3 loads what it is given and fails half-way, with some of it in place. Here nothing changes unless all of it fits.
+"""
+
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any, ClassVar, TypeVar
+
+import torch as th
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv, TensorDict
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_scratch_dqn.checks import check_same_spaces
+from sb3_scratch_dqn.files import Path, check_saved_by, read_model_settings, read_replay_buffer, read_spaces
+
+Self = TypeVar("Self", bound="CheckedOffPolicyAlgorithm")
+
+
+class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
+    """The base of ``ScratchDQN``."""
+
+    # What a saved model of this algorithm knows of itself, and models of other algorithms do not
+    own_settings: ClassVar[Iterable[str]] = ()
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """Go on in another environment, of the same spaces.
+
+        :param env: the environment
+        :param force_reset: reset it before training goes on
+        :raises ValueError: if its spaces differ from the model's
+        :raises AssertionError: if it is another number of environments
+        """
+        env = self._wrap_env(env, self.verbose)
+        check_same_spaces("env", env, self.observation_space, self.action_space)
+        super().set_env(env, force_reset)
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """Replace the parameters of the networks and the optimiser; if that fails, leave them as they were.
+
+        :param load_path_or_dict: a saved model, or what ``get_parameters`` gave
+        :param exact_match: refuse parameters that are not just those of this model
+        :param device: where to load a saved model
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if objects are missing or unknown, or the file is no model
+        :raises RuntimeError: if names or shapes of parameters differ
+        """
+        if not isinstance(load_path_or_dict, dict):
+            read_model_settings(load_path_or_dict)
+        before: dict[str, Any] = deepcopy(self.get_parameters())
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except Exception:
+            super().set_parameters(before)
+            raise
+
+    @classmethod
+    def load(
+        cls: type[Self],
+        path: Path,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a saved model.
+
+        :param path: the file, with or without its ``.zip``
+        :param env: to go on in; not needed to predict
+        :param device: where to compute
+        :param custom_objects: replacements for saved settings
+        :param print_system_info: print the versions that the model was saved with
+        :param force_reset: reset the environment before training goes on
+        :param kwargs: settings to change
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if the file is not a whole model of this algorithm, or ``env`` has other spaces than it
+        """
+        saved = read_model_settings(path)
+        check_saved_by(cls.__name__, path, saved, cls.own_settings)
+        if env is not None:
+            env = cls._wrap_env(env, saved["verbose"])
+            check_same_spaces("env", env, *read_spaces(saved, custom_objects))
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def load_replay_buffer(self, path: Path, truncate_last_traj: bool = True) -> None:
+        """Load a saved replay buffer, this package's or SB3's; the file is a pickle, so trust whom it comes from.
+
+        :param path: the file, with or without its ``.pkl``
+        :param truncate_last_traj: with ``HerReplayBuffer``, end the last episode in the buffer where it was cut
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if the file is no replay buffer, or one of other spaces or another number of environments
+        """
+        buffer = read_replay_buffer(path)
+        what = f"the replay buffer in path={path!r}"
+        check_same_spaces(what, buffer, self.observation_space, self.action_space)
+        if buffer.n_envs != self.n_envs:
+            raise ValueError(f"{what} has n_envs={buffer.n_envs}, but must have n_envs={self.n_envs}, as the model")
+        if isinstance(buffer, HerReplayBuffer):
+            if self.env is None:
+                raise ValueError(f"env=None: {what} needs the environment to compute rewards; call set_env() first")
+            buffer.set_env(self.env)
+            if truncate_last_traj:
+                buffer.truncate_last_trajectory()
+        buffer.device = self.device
+        self.replay_buffer = buffer

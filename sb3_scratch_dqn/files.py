@@ -1,0 +1,95 @@
+"""Reading what was saved, and refusing what is no such file.
+
+Every error but a missing file is a :class:`ValueError` of one sentence that names the path and what is wrong with it.
+"""
+
+import io
+import json
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Iterable
+from typing import Any
+
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.save_util import json_to_data, open_path
+
+from sb3_scratch_dqn.replay.stores import Space
+
+Path = str | pathlib.Path | io.BufferedIOBase
+
+
+def read_model_settings(path: Path) -> dict[str, Any]:
+    """Read the settings in a model file of SB3's format, and refuse a file that is none, or not a whole one.
+
+    :param path: a path, with or without its ``.zip``, or an open file
+    :return: the settings as JSON has them: nothing is unpickled
+    :raises FileNotFoundError: if there is no such file
+    """
+    file = open_path(path, "r", suffix="zip")
+    damaged = None
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+            settings: dict[str, Any] = {} if damaged else json.loads(archive.read("data"))
+    except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+        # A file that was cut may still be a zip file: it holds others, with an end of their own
+        raise ValueError(f"path={path!r} is no model file, or was cut short: {error}") from error
+    finally:
+        _release(file, path)
+    if damaged:
+        raise ValueError(f"path={path!r} is a damaged model file: the checksum of {damaged!r} is wrong")
+    return settings
+
+
+def check_saved_by(algorithm: str, path: Path, settings: dict[str, Any], own_settings: Iterable[str]) -> None:
+    """Refuse a model of another algorithm.
+
+    :param algorithm: the algorithm that is to load it
+    :param path: where the model is
+    :param settings: as :func:`read_model_settings` read them there
+    :param own_settings: what such a model knows of itself, and models of other algorithms do not
+    """
+    if not set(own_settings) <= set(settings):
+        policy = settings.get("policy_class", {}).get("__module__")
+        raise ValueError(
+            f"path={path!r} must be a model saved by {algorithm}, but another algorithm saved it (its policy is from "
+            f"{policy}); ScratchDQN.from_sb3() reads those of SB3's DQN"
+        )
+
+
+def read_spaces(settings: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> tuple[Space, Space]:
+    """Unpickle the observation space and the action space among the settings of a model file.
+
+    :param settings: as :func:`read_model_settings` read them
+    :param custom_objects: replacements for saved settings
+    """
+    names = ("observation_space", "action_space")
+    spaces = json_to_data(json.dumps({name: settings[name] for name in names}), custom_objects)
+    return spaces["observation_space"], spaces["action_space"]
+
+
+def read_replay_buffer(path: Path) -> ReplayBuffer:
+    """Read a pickled replay buffer.
+
+    :param path: a path, with or without its ``.pkl``, or an open file
+    :raises FileNotFoundError: if there is no such file
+    """
+    file = open_path(path, "r", suffix="pkl")
+    try:
+        buffer = pickle.load(file)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"path={path!r} is no replay buffer file, or was cut short: {error}") from error
+    finally:
+        _release(file, path)
+    if not isinstance(buffer, ReplayBuffer):
+        raise ValueError(f"path={path!r} must hold a ReplayBuffer, but holds a {type(buffer).__name__}")
+    return buffer
+
+
+def _release(file: Any, path: Path) -> None:
+    # A file that the caller opened stays open, and is read again
+    if isinstance(path, str | pathlib.Path):
+        file.close()
+    else:
+        file.seek(0)
