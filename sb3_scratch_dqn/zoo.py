@@ -55,10 +55,12 @@ def _register_search(hyperparams_opt: ModuleType) -> None:
 
 def _register_experiments(exp_manager: ModuleType) -> None:
     manager = exp_manager.ExperimentManager
-    if not hasattr(manager.__init__, "__wrapped__"):
-        for name, extend in _EXTENSIONS.items():
-            original = getattr(manager, name)
-            setattr(manager, name, wraps(original)(extend(original)))
+    if hasattr(manager, "_extended_for_scratch_dqn"):
+        return
+    manager._extended_for_scratch_dqn = True
+    for name, extend in _EXTENSIONS.items():
+        original = getattr(manager, name)
+        setattr(manager, name, wraps(original)(extend(original)))
 
 
 @dataclass(frozen=True)
