@@ -22,7 +22,7 @@ DEMO := --algo scratch_dqn --env CartPole-v1 --seed $(SEED)
 
 demo: $(VENV)/installed
 	rm -rf $(DEMO_FOLDER)
-	$(BIN)/python -m rl_zoo3.train $(DEMO) -f $(DEMO_FOLDER) --eval-freq 5000 --eval-episodes 20
+	$(BIN)/python -m rl_zoo3.train $(DEMO) -f $(DEMO_FOLDER) --eval-freq 2500 --eval-episodes 20
 	SDL_VIDEODRIVER=dummy $(BIN)/python -m rl_zoo3.enjoy $(DEMO) -f $(DEMO_FOLDER) --load-best --no-render -n 10000
 
 test: $(VENV)/installed-dev
