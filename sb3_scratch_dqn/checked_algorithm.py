@@ -3,11 +3,14 @@
 SB3 loads what it is given and fails half-way, with some of it in place. Here nothing changes unless all of it fits.
 """
 
+import pickle
 from collections.abc import Iterable
 from copy import deepcopy
+from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -24,15 +27,15 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     # What a saved model of this algorithm knows of itself, and models of other algorithms do not
     own_settings: ClassVar[Iterable[str]] = ()
 
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
         """Go on in another environment, of the same spaces.
 
-        :param env: the environment
+        :param env: the environment, or its name
         :param force_reset: reset it before training goes on
         :raises ValueError: if its spaces differ from the model's
         :raises AssertionError: if it is another number of environments
         """
-        env = self._wrap_env(env, self.verbose)
+        env = self._wrap_env(maybe_make_env(env, self.verbose), self.verbose)
         check_same_spaces("env", env, self.observation_space, self.action_space)
         super().set_env(env, force_reset)
 
@@ -51,11 +54,15 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: if objects are missing or unknown, or the file is no model
         :raises RuntimeError: if names or shapes of parameters differ
         """
+        before: dict[str, Any] = deepcopy(self.get_parameters())
         if not isinstance(load_path_or_dict, dict):
             read_model_settings(load_path_or_dict)
-        before: dict[str, Any] = deepcopy(self.get_parameters())
+        elif not load_path_or_dict.keys() <= before.keys():
+            unknown = sorted(load_path_or_dict.keys() - before.keys())
+            raise ValueError(f"parameters of {', '.join(unknown)} were given, but must be of {', '.join(before)}")
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
+            _check_optimizer_state(self.policy.optimizer)
         except Exception:
             super().set_parameters(before)
             raise
@@ -64,7 +71,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     def load(
         cls: type[Self],
         path: Path,
-        env: GymEnv | None = None,
+        env: GymEnv | str | None = None,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
@@ -74,21 +81,29 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """Load a saved model.
 
         :param path: the file, with or without its ``.zip``
-        :param env: to go on in; not needed to predict
+        :param env: to go on in, or its name; not needed to predict
         :param device: where to compute
         :param custom_objects: replacements for saved settings
         :param print_system_info: print the versions that the model was saved with
         :param force_reset: reset the environment before training goes on
         :param kwargs: settings to change
         :raises FileNotFoundError: if there is no such file
-        :raises ValueError: if the file is not a whole model of this algorithm, or ``env`` has other spaces than it
+        :raises ValueError: if the file is not a whole model of this algorithm, ``env`` has other spaces than it, or a
+            setting is unknown
         """
         saved = read_model_settings(path)
         check_saved_by(cls.__name__, path, saved, cls.own_settings)
         if env is not None:
-            env = cls._wrap_env(env, saved["verbose"])
+            env = cls._wrap_env(maybe_make_env(env, saved["verbose"]), saved["verbose"])
             check_same_spaces("env", env, *read_spaces(saved, custom_objects))
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        unknown = sorted(kwargs.keys() - saved.keys() - signature(cls).parameters.keys())
+        if unknown:
+            raise ValueError(f"{unknown[0]}={kwargs[unknown[0]]!r} is no setting of {cls.__name__}")
+        try:
+            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        except (pickle.UnpicklingError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"path={path!r} is a damaged model file: {reason}") from error
 
     def load_replay_buffer(self, path: Path, truncate_last_traj: bool = True) -> None:
         """Load a saved replay buffer, this package's or SB3's; the file is a pickle, so trust whom it comes from.
@@ -111,3 +126,24 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
                 buffer.truncate_last_trajectory()
         buffer.device = self.device
         self.replay_buffer = buffer
+
+
+# What optimisers keep in the shape of a parameter, by the names that PyTorch's give it
+_SHAPED_AS_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum")
+
+
+def _check_optimizer_state(optimizer: th.optim.Optimizer) -> None:
+    """Refuse the state of another optimiser, which PyTorch's ``load_state_dict`` takes and its ``step`` falls over."""
+    for group in optimizer.param_groups:
+        missing = sorted(optimizer.defaults.keys() - group.keys())
+        if missing:
+            raise ValueError(
+                f"policy.optimizer is a {type(optimizer).__name__}, but its new state has no {missing[0]!r}"
+            )
+    for parameter, state in optimizer.state.items():
+        for name in _SHAPED_AS_PARAMETERS:
+            if isinstance(state.get(name), th.Tensor) and state[name].shape != parameter.shape:
+                raise ValueError(
+                    f"policy.optimizer has a parameter of shape {tuple(parameter.shape)}, "
+                    f"but {name!r} in its new state has {tuple(state[name].shape)}"
+                )

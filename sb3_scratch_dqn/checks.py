@@ -4,14 +4,17 @@ Every error is a :class:`ValueError` of one sentence that names the argument, it
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from inspect import Parameter, signature
 from numbers import Integral, Real
 from typing import Any, Protocol
 
+import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import TrainFreq
 
-from sb3_scratch_dqn.replay.stores import Space
+Space = spaces.Space[Any]
 
 FREQUENCY_UNITS = ("step", "episode")
 
@@ -40,6 +43,64 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 
 
+def check_subclass(name: str, value: Any, base: type) -> None:
+    """Refuse what is not a class derived from ``base``."""
+    if not isinstance(value, type) or not issubclass(value, base):
+        raise ValueError(f"{name}={value!r} must be a subclass of {base.__module__}.{base.__name__}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def check_arguments(name: str, value: Any, function: Callable[..., Any], refused: Collection[str] = ()) -> None:
+    """Refuse what is not a dict of arguments that a function takes.
+
+    :param name: of the dict
+    :param value: the dict
+    :param function: the function, or class
+    :param refused: arguments that it takes from elsewhere
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} must be a dict")
+    parameters = signature(function).parameters
+    if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = [parameter for parameter in parameters if parameter not in refused]
+    for key in value:
+        if key not in known:
+            raise ValueError(f"{name}={value!r} has the unknown name {key!r}: choose from {', '.join(known)}")
+
+
+def check_net_arch(value: Any) -> None:
+    """Refuse what is not a list of the widths of hidden layers."""
+    is_list = isinstance(value, list | tuple)
+    if not is_list or any(isinstance(w, bool) or not isinstance(w, Integral) or w < 1 for w in value):
+        raise ValueError(
+            f"net_arch={value!r} must be a list of whole numbers of at least 1, the widths of hidden layers"
+        )
+
+
+def check_seed(value: Any) -> None:
+    """Refuse what NumPy's global generator cannot be seeded with."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**32:
+        raise ValueError(f"seed={value!r} must be None or a whole number from 0 to {2**32 - 1}")
+
+
+def check_device(value: Any) -> None:
+    """Refuse what names no device of PyTorch."""
+    if value == "auto" or isinstance(value, th.device):
+        return
+    try:
+        th.device(value)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={value!r} must be 'auto' or a device of PyTorch, such as 'cpu' or 'cuda:0'") from None
+
+
 def check_learning_rate(value: Any) -> None:
     """Refuse what is neither a function nor a number of at least 0."""
     if callable(value):
@@ -48,6 +109,12 @@ def check_learning_rate(value: Any) -> None:
         raise ValueError(
             f"learning_rate={value!r} must be a number of at least 0, or a function of the remaining progress (1 to 0)"
         )
+
+
+def check_duration(value: Any) -> None:
+    """Refuse what is not a number of steps to train for; 1e5 is one."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"total_timesteps={value!r} must be a number of environment steps of at least 0")
 
 
 def parse_frequency(name: str, value: Any) -> tuple[int, str]:

@@ -19,9 +19,9 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
 
-from sb3_scratch_dqn.checks import parse_frequency
-from sb3_scratch_dqn.files import read_model_settings
+from sb3_scratch_dqn.files import policy_module, read_model_settings
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
+from sb3_scratch_dqn.replay.stores import DenseStore
 
 if TYPE_CHECKING:
     from stable_baselines3.dqn import DQN
@@ -49,6 +49,19 @@ _SHARED = {"env", "_vec_normalize_env", "_logger", "device", "learning_rate"}
 # The buffers that ScratchReplayBuffer stands for
 _PLAIN_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 
+# What a conversion takes from the model and its replay, and so cannot be told
+_NOT_SETTABLE = {
+    "policy",
+    "policy_kwargs",
+    "env",
+    "device",
+    "buffer_size",
+    "replay_buffer_class",
+    "replay_buffer_kwargs",
+    "optimize_memory_usage",
+    "_init_setup_model",
+}
+
 
 def from_sb3(
     cls: type[Scratch],
@@ -60,57 +73,62 @@ def from_sb3(
     """Implement :meth:`sb3_scratch_dqn.ScratchDQN.from_sb3`."""
     from stable_baselines3.dqn import DQN
 
+    for name, value in settings.items():
+        if name not in signature(cls).parameters.keys() - _NOT_SETTABLE:
+            raise ValueError(f"{name}={value!r} is no setting that from_sb3 can change")
     model = source
     if isinstance(source, str | pathlib.Path):
         _check_saved_by_dqn(source)
         model = DQN.load(source, env=env, device=device)
+    elif env is not None:
+        raise ValueError(f"env={env!r} goes with a file; a model keeps its own, and set_env() changes it")
     if not isinstance(model, DQN):
         raise ValueError(f"model={model!r} must be a DQN of Stable-Baselines3, or the path of one")
+
     changed: dict[str, Any] = {
-        "replay_buffer_class": model.replay_buffer_class,
+        "replay_buffer_class": None if model.replay_buffer_class in _PLAIN_BUFFERS else model.replay_buffer_class,
         "replay_buffer_kwargs": dict(model.replay_buffer_kwargs),
         "_episodes_finished": model._episode_num,
         "stats_window_size": model._stats_window_size,
     }
-    if model.replay_buffer_class in _PLAIN_BUFFERS:
-        changed["replay_buffer_class"] = None
+    if changed["replay_buffer_class"] is None:
         # SB3 adds these two where n_steps asks for them; ScratchDQN reads its own `n_steps` and `gamma`
-        n_steps = changed["replay_buffer_kwargs"].pop("n_steps", 3)
+        changed["replay_buffer_kwargs"].pop("n_steps", None)
         changed["replay_buffer_kwargs"].pop("gamma", None)
-        if model.replay_buffer_class is NStepReplayBuffer:
-            changed["n_steps"] = n_steps
-    converted = _set_up(cls, _counterpart(model.policy_class, _policy_pairs()), model, {**changed, **settings})
-    if model.replay_buffer is not None:
-        if type(model.replay_buffer) in _PLAIN_BUFFERS:
-            assert isinstance(converted.replay_buffer, ScratchReplayBuffer)
-            _copy_into_scratch(model.replay_buffer, converted.replay_buffer)
-        else:
-            converted.replay_buffer = _copy_foreign_buffer(model.replay_buffer)
-    return converted
+    buffer = model.replay_buffer
+    if buffer is not None and type(buffer) in _PLAIN_BUFFERS and getattr(buffer, "gamma", model.gamma) == model.gamma:
+        changed["n_steps"] = settings.get("n_steps", getattr(buffer, "n_steps", 1))
+        changed["replay_buffer"] = _to_scratch_buffer(buffer, changed["n_steps"], model.gamma)
+    elif buffer is not None:
+        # A class of the user's, or a discount of the buffer's own, which ScratchReplayBuffer does not keep
+        changed["replay_buffer_class"] = model.replay_buffer_class
+        changed["replay_buffer_kwargs"] = dict(model.replay_buffer_kwargs)
+        changed["replay_buffer"] = _copy_foreign_buffer(buffer)
+    return _set_up(cls, _counterpart(model.policy_class, _policy_pairs()), model, {**changed, **settings})
 
 
 def to_sb3(model: "ScratchDQN") -> "DQN":
     """Implement :meth:`sb3_scratch_dqn.ScratchDQN.to_sb3`."""
     from stable_baselines3.dqn import DQN
 
-    own_buffer = isinstance(model.replay_buffer, ScratchReplayBuffer)
-    if own_buffer and model.n_steps > 1 and isinstance(model.observation_space, spaces.Dict):
-        raise ValueError(
-            f"n_steps={model.n_steps} with Dict observations has no counterpart in SB3's DQN: only n_steps=1 has"
-        )
+    buffer = model.replay_buffer
     changed: dict[str, Any] = {
-        "replay_buffer_class": None if own_buffer else model.replay_buffer_class,
+        "replay_buffer_class": model.replay_buffer_class,
         "replay_buffer_kwargs": dict(model.replay_buffer_kwargs),
     }
+    if isinstance(buffer, ScratchReplayBuffer):
+        changed["replay_buffer"] = _to_sb3_buffer(buffer, model.gamma)
+        changed["replay_buffer_class"] = type(changed["replay_buffer"])
+        if buffer.n_steps > 1:
+            changed["replay_buffer_kwargs"].update(n_steps=buffer.n_steps, gamma=model.gamma)
+    elif buffer is not None:
+        changed["replay_buffer"] = _copy_foreign_buffer(buffer)
     lost = []
     if model.loss != "huber":
         lost.append(f"loss={model.loss!r}")
     if model.exploration_schedule != "linear":
         lost.append(f"exploration_schedule={model.exploration_schedule!r}")
-    frequency, unit = parse_frequency("target_update_interval", model.target_update_interval)
-    if unit == "step":
-        changed["target_update_interval"] = frequency
-    else:
+    if isinstance(model.target_update_interval, tuple):
         lost.append(f"target_update_interval={model.target_update_interval!r}")
         changed["target_update_interval"] = signature(DQN).parameters["target_update_interval"].default
     if lost:
@@ -119,21 +137,17 @@ def to_sb3(model: "ScratchDQN") -> "DQN":
             stacklevel=3,
         )
     pairs = {own: theirs for theirs, own in _policy_pairs().items()}
-    converted = _set_up(DQN, _counterpart(model.policy_class, pairs), model, changed)
-    if own_buffer:
-        assert isinstance(model.replay_buffer, ScratchReplayBuffer)
-        assert converted.replay_buffer is not None
-        _copy_into_sb3(model.replay_buffer, converted.replay_buffer)
-    elif model.replay_buffer is not None:
-        converted.replay_buffer = _copy_foreign_buffer(model.replay_buffer)
-    return converted
+    with warnings.catch_warnings():
+        # SB3 warns of n_steps with a buffer class, which is the one that it would have chosen
+        warnings.filterwarnings("ignore", message="`n_steps=")
+        return _set_up(DQN, _counterpart(model.policy_class, pairs), model, changed)
 
 
 def _check_saved_by_dqn(path: str | pathlib.Path) -> None:
-    policy = read_model_settings(path).get("policy_class", {}).get("__module__")
+    policy = policy_module(read_model_settings(path))
     if policy != "stable_baselines3.dqn.policies":
         raise ValueError(
-            f"model={path!r} must be a file saved by DQN of Stable-Baselines3 with one of its own policies, "
+            f"path={path!r} must be a file saved by DQN of Stable-Baselines3 with one of its own policies, "
             f"but its policy is from {policy}"
         )
 
@@ -172,29 +186,64 @@ def _set_up(
     with th.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         converted._setup_model()
     converted.seed = seed
+    if type(model.policy.optimizer) is not type(converted.policy.optimizer):
+        raise ValueError(
+            f"policy.optimizer={type(model.policy.optimizer).__name__} cannot be converted: policy_kwargs ask for "
+            f"{type(converted.policy.optimizer).__name__}, so say there which optimizer_class the policy has"
+        )
     parameters: dict[str, Any] = deepcopy(model.get_parameters())
     converted.set_parameters(parameters, device=model.device)
     return converted
 
 
-def _copy_into_scratch(source: ReplayBuffer, target: ScratchReplayBuffer) -> None:
-    rows = source.buffer_size if source.full else source.pos
-    if source.optimize_memory_usage:
-        rows = min(rows + 1, source.buffer_size)
-    store = target.store
-    store.reserve(rows)
-    _copy_rows(source, store, rows, [name for name in store.ARRAYS if hasattr(source, name)])
-    target.pos, target.full = source.pos, source.full
+def _to_scratch_buffer(buffer: ReplayBuffer, n_steps: int, gamma: float) -> ScratchReplayBuffer:
+    converted = ScratchReplayBuffer(n_steps=n_steps, gamma=gamma, **_buffer_settings(buffer))
+    rows = buffer.buffer_size if buffer.full else buffer.pos
+    if buffer.optimize_memory_usage:
+        rows = min(rows + 1, buffer.buffer_size)  # the newest transition needs the row that follows
+    converted.store.reserve(rows)
+    _copy_rows(buffer, converted.store, rows)
+    converted.pos, converted.full = buffer.pos, buffer.full
+    return converted
 
 
-def _copy_into_sb3(source: ScratchReplayBuffer, target: ReplayBuffer) -> None:
-    store = source.store
-    _copy_rows(store, target, store.rows, [name for name in store.ARRAYS if hasattr(target, name)])
-    target.pos, target.full = source.pos, source.full
+def _to_sb3_buffer(buffer: ScratchReplayBuffer, gamma: float) -> ReplayBuffer:
+    nested = isinstance(buffer.observation_space, spaces.Dict)
+    for name, value, plain in (
+        ("n_steps", buffer.n_steps, buffer.n_steps == 1),
+        ("optimize_memory_usage", True, not buffer.optimize_memory_usage),
+    ):
+        if not plain and (nested or (buffer.n_steps > 1 and buffer.optimize_memory_usage)):
+            what = "Dict observations" if nested else "observations that are kept once"
+            raise ValueError(f"{name}={value!r} with {what} has no counterpart in SB3's DQN")
+    kwargs = _buffer_settings(buffer)
+    if nested:
+        converted: ReplayBuffer = DictReplayBuffer(**kwargs)
+    elif buffer.n_steps > 1:
+        converted = NStepReplayBuffer(n_steps=buffer.n_steps, gamma=gamma, **kwargs)
+    else:
+        converted = ReplayBuffer(**kwargs)
+    _copy_rows(buffer.store, converted, buffer.store.rows)
+    converted.pos, converted.full = buffer.pos, buffer.full
+    return converted
 
 
-def _copy_rows(source: Any, target: Any, rows: int, names: Iterable[str]) -> None:
-    for name in names:
+def _buffer_settings(buffer: ReplayBuffer) -> dict[str, Any]:
+    return {
+        "buffer_size": buffer.buffer_size * buffer.n_envs,
+        "observation_space": buffer.observation_space,
+        "action_space": buffer.action_space,
+        "device": buffer.device,
+        "n_envs": buffer.n_envs,
+        "optimize_memory_usage": buffer.optimize_memory_usage,
+        "handle_timeout_termination": buffer.handle_timeout_termination,
+    }
+
+
+def _copy_rows(source: Any, target: Any, rows: int) -> None:
+    for name in DenseStore.ARRAYS:
+        if name == "next_observations" and not (hasattr(source, name) and hasattr(target, name)):
+            continue  # observations are kept once, on both sides
         taken, given = getattr(source, name), getattr(target, name)
         if isinstance(taken, dict):
             for key, array in taken.items():

@@ -9,7 +9,6 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
@@ -29,6 +28,19 @@ from sb3_scratch_dqn.target_sync import sync_is_due
 
 if TYPE_CHECKING:
     from stable_baselines3.dqn import DQN
+
+# What comes from ScratchDQN's own arguments and environment, and so not from policy_kwargs or replay_buffer_kwargs
+_GIVEN_TO_POLICIES = {"observation_space", "action_space", "lr_schedule"}
+_GIVEN_TO_BUFFERS = {
+    "buffer_size",
+    "observation_space",
+    "action_space",
+    "device",
+    "n_envs",
+    "optimize_memory_usage",
+    "env",
+}
+_GIVEN_TO_OWN_BUFFERS = {"n_steps", "gamma"}
 
 SelfScratchDQN = TypeVar("SelfScratchDQN", bound="ScratchDQN")
 
@@ -122,6 +134,10 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
         exploration_decay: float = 0.995,
         engine: str = "auto",
     ) -> None:
+        if env is None and _init_setup_model:
+            raise ValueError("env=None must be an environment, or the name of one")
+        checks.check_count("verbose", verbose, minimum=0)
+        checks.check_device(device)
         super().__init__(
             policy,
             env,
@@ -172,10 +188,15 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
     def _check_settings(self) -> None:
         if self.env is not None:
             checks.check_action_space(self.action_space)
-        if not issubclass(self.policy_class, DQNPolicy):
-            raise ValueError(f"policy={self.policy_class!r} must be a subclass of sb3_scratch_dqn.DQNPolicy")
-        if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, ReplayBuffer):
-            raise ValueError(f"replay_buffer_class={self.replay_buffer_class!r} must be a subclass of ReplayBuffer")
+        checks.check_subclass("policy", self.policy_class, DQNPolicy)
+        checks.check_arguments("policy_kwargs", self.policy_kwargs, self.policy_class, refused=_GIVEN_TO_POLICIES)
+        if self.replay_buffer_class is not None:
+            checks.check_subclass("replay_buffer_class", self.replay_buffer_class, ReplayBuffer)
+        own_buffer = issubclass(self._buffer_class, ScratchReplayBuffer)
+        given = _GIVEN_TO_BUFFERS | _GIVEN_TO_OWN_BUFFERS if own_buffer else _GIVEN_TO_BUFFERS
+        checks.check_arguments("replay_buffer_kwargs", self.replay_buffer_kwargs, self._buffer_class, refused=given)
+        checks.check_flag("optimize_memory_usage", self.optimize_memory_usage)
+        checks.check_seed(self.seed)
         for name in ("buffer_size", "batch_size", "n_steps", "stats_window_size"):
             checks.check_count(name, getattr(self, name))
         checks.check_count("learning_starts", self.learning_starts, minimum=0)
@@ -206,6 +227,12 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
         self.target_update_interval = frequency if unit == "step" else (frequency, unit)
         self.train_freq = checks.parse_frequency("train_freq", self.train_freq)
         self._convert_train_freq()
+        # NumPy's numbers pass the checks, but not everything that they are handed to
+        for name in ("buffer_size", "batch_size", "n_steps", "stats_window_size", "learning_starts", "gradient_steps"):
+            setattr(self, name, int(getattr(self, name)))
+        if not callable(self.learning_rate):
+            self.learning_rate = float(self.learning_rate)
+        self.seed = None if self.seed is None else int(self.seed)
         self._stats_window_size = self.stats_window_size
 
         self._setup_lr_schedule()
@@ -220,13 +247,7 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
         self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
 
-        self._epsilon_schedule = make_epsilon_schedule(
-            self.exploration_schedule,
-            self.exploration_initial_eps,
-            self.exploration_final_eps,
-            self.exploration_fraction,
-            self.exploration_decay,
-        )
+        self._make_epsilon_schedule()
         self._engine = choose_engine(self.engine, self.policy, LOSSES[self.loss])
 
         if unit == "step" and self.n_envs > 1 and self.n_envs > frequency:
@@ -238,16 +259,24 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
                 stacklevel=2,
             )
 
+    def _make_epsilon_schedule(self) -> None:
+        self._epsilon_made_of = self.exploration_schedule
+        self._epsilon_schedule = make_epsilon_schedule(
+            self.exploration_schedule,
+            self.exploration_initial_eps,
+            self.exploration_final_eps,
+            self.exploration_fraction,
+            self.exploration_decay,
+        )
+
+    @property
+    def _buffer_class(self) -> type[ReplayBuffer]:
+        return self.replay_buffer_class or ScratchReplayBuffer
+
     def _make_replay_buffer(self) -> ReplayBuffer:
-        buffer_class = self.replay_buffer_class or ScratchReplayBuffer
-        kwargs = dict(self.replay_buffer_kwargs)
+        buffer_class, kwargs = self._buffer_class, dict(self.replay_buffer_kwargs)
         if issubclass(buffer_class, ScratchReplayBuffer):
-            for name in ("n_steps", "gamma"):
-                if kwargs.setdefault(name, getattr(self, name)) != getattr(self, name):
-                    raise ValueError(
-                        f"replay_buffer_kwargs[{name!r}]={kwargs[name]!r} must be given to ScratchDQN itself, "
-                        f"as {name}, which is {getattr(self, name)!r}"
-                    )
+            kwargs.update(n_steps=self.n_steps, gamma=self.gamma)
         elif self.n_steps > 1:
             warnings.warn(
                 f"`n_steps={self.n_steps}` is ignored because `replay_buffer_class={buffer_class.__name__}` was given: "
@@ -296,6 +325,8 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
         :param reset_num_timesteps: begin the schedules anew
         :param progress_bar: show one
         """
+        if log_interval is not None:
+            checks.check_count("log_interval", log_interval)
         return super().learn(
             total_timesteps=total_timesteps,
             callback=callback,
@@ -315,19 +346,10 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         # Again, because a model may have been loaded with a small buffer, which serves as long as it only predicts
         checks.check_buffer_holds_batch(self.buffer_size, self.batch_size)
+        checks.check_duration(total_timesteps)
         if reset_num_timesteps:
             self._episodes_finished = 0
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-
-    def _sample_action(
-        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
-    ) -> tuple[Array, Array]:
-        if self.num_timesteps < learning_starts:
-            actions: Array = np.array([self.action_space.sample() for _ in range(n_envs)])
-        else:
-            assert self._last_obs is not None
-            actions = self._explore(self._last_obs, n_envs)
-        return actions, actions
 
     def _store_transition(
         self,
@@ -344,11 +366,13 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
 
     def _on_step(self) -> None:
         self._n_calls += 1
-        # Read anew each time: callbacks may change the interval
+        # Callbacks may have changed the interval, and below the schedule
         interval = self.target_update_interval
         if sync_is_due(interval, self.n_envs, self._n_calls, self._episodes_finished, self._episodes_ended_now):
             polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        if self._epsilon_made_of is not self.exploration_schedule:
+            self._make_epsilon_schedule()
         self.exploration_rate = self._epsilon_schedule(self._current_progress_remaining, self._episodes_finished)
         self.logger.record("rollout/exploration_rate", self.exploration_rate)
 
@@ -359,6 +383,8 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
         :param batch_size: transitions in each
         """
         assert self.replay_buffer is not None
+        if self._engine.policy is not self.policy:  # somebody replaced it
+            self._engine = choose_engine(self.engine, self.policy, LOSSES[self.loss])
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         draw = partial(batch_source(self.replay_buffer, self._vec_normalize_env, self.gamma), batch_size)
@@ -384,19 +410,20 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
         :param deterministic: always the greedy action
         :return: an action for each observation, and ``state``
         """
-        if deterministic:
+        if deterministic or isinstance(observation, tuple):  # a tuple is a mistake that the policy explains
             return self.policy.predict(observation, state, episode_start, deterministic)
+        if not isinstance(observation, dict):
+            observation = np.asarray(observation)
         if not self.policy.is_vectorized_observation(observation):
             if np.random.rand() < self.exploration_rate:
                 return np.array(self.action_space.sample()), state
             return self.policy.predict(observation, state, episode_start)
         first = next(iter(observation.values())) if isinstance(observation, dict) else observation
-        return self._explore(observation, len(first)), state
 
-    def _explore(self, observation: Observation, n_envs: int) -> Actions:
-        return epsilon_greedy(
-            self.exploration_rate, n_envs, self.action_space.sample, lambda: self.policy.predict(observation)[0]
-        )
+        def greedy_actions() -> Actions:
+            return self.policy.predict(observation, state, episode_start)[0]
+
+        return epsilon_greedy(self.exploration_rate, len(first), self.action_space.sample, greedy_actions), state
 
     def q_values(self, observation: Observation) -> Array:
         """The value of each action.
@@ -416,7 +443,7 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         made_by_setup = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target"]
-        return [*super()._excluded_save_params(), *made_by_setup, "_epsilon_schedule", "_engine"]
+        return [*super()._excluded_save_params(), *made_by_setup, "_epsilon_schedule", "_epsilon_made_of", "_engine"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

@@ -14,9 +14,12 @@ from typing import Any
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import json_to_data, open_path
 
-from sb3_scratch_dqn.replay.stores import Space
+from sb3_scratch_dqn.checks import Space
 
 Path = str | pathlib.Path | io.BufferedIOBase
+
+# Settings without which no model can be loaded
+_EVERY_MODEL = ("policy_class", "observation_space", "action_space", "verbose")
 
 
 def read_model_settings(path: Path) -> dict[str, Any]:
@@ -26,20 +29,31 @@ def read_model_settings(path: Path) -> dict[str, Any]:
     :return: the settings as JSON has them: nothing is unpickled
     :raises FileNotFoundError: if there is no such file
     """
-    file = open_path(path, "r", suffix="zip")
+    file = _open(path, "zip")
     damaged = None
+    settings: Any = {}
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
-            settings: dict[str, Any] = {} if damaged else json.loads(archive.read("data"))
+            if damaged is None:
+                settings = json.loads(archive.read("data"))
     except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
         # A file that was cut may still be a zip file: it holds others, with an end of their own
         raise ValueError(f"path={path!r} is no model file, or was cut short: {error}") from error
     finally:
         _release(file, path)
-    if damaged:
+    if damaged is not None:
         raise ValueError(f"path={path!r} is a damaged model file: the checksum of {damaged!r} is wrong")
+    if not isinstance(settings, dict):
+        raise ValueError(f"path={path!r} is no model file: its settings are a {type(settings).__name__}, not a dict")
     return settings
+
+
+def policy_module(settings: dict[str, Any]) -> str | None:
+    """The module that a saved model's policy class is from."""
+    policy = settings.get("policy_class")
+    module = policy.get("__module__") if isinstance(policy, dict) else None
+    return module if isinstance(module, str) else None
 
 
 def check_saved_by(algorithm: str, path: Path, settings: dict[str, Any], own_settings: Iterable[str]) -> None:
@@ -50,11 +64,10 @@ def check_saved_by(algorithm: str, path: Path, settings: dict[str, Any], own_set
     :param settings: as :func:`read_model_settings` read them there
     :param own_settings: what such a model knows of itself, and models of other algorithms do not
     """
-    if not set(own_settings) <= set(settings):
-        policy = settings.get("policy_class", {}).get("__module__")
+    if not {*own_settings, *_EVERY_MODEL} <= set(settings):
         raise ValueError(
             f"path={path!r} must be a model saved by {algorithm}, but another algorithm saved it (its policy is from "
-            f"{policy}); ScratchDQN.from_sb3() reads those of SB3's DQN"
+            f"{policy_module(settings)}); ScratchDQN.from_sb3() reads those of SB3's DQN"
         )
 
 
@@ -75,7 +88,7 @@ def read_replay_buffer(path: Path) -> ReplayBuffer:
     :param path: a path, with or without its ``.pkl``, or an open file
     :raises FileNotFoundError: if there is no such file
     """
-    file = open_path(path, "r", suffix="pkl")
+    file = _open(path, "pkl")
     try:
         buffer = pickle.load(file)
     except Exception as error:  # a damaged pickle can raise anything
@@ -85,6 +98,12 @@ def read_replay_buffer(path: Path) -> ReplayBuffer:
     if not isinstance(buffer, ReplayBuffer):
         raise ValueError(f"path={path!r} must hold a ReplayBuffer, but holds a {type(buffer).__name__}")
     return buffer
+
+
+def _open(path: Any, suffix: str) -> Any:
+    if not isinstance(path, str | pathlib.Path | io.BufferedIOBase):
+        raise ValueError(f"path={path!r} must be a path or an open binary file")
+    return open_path(path, "r", suffix=suffix)
 
 
 def _release(file: Any, path: Path) -> None:

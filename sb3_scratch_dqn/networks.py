@@ -16,7 +16,7 @@ class QNetwork(BasePolicy):
     """The network behind the action values.
 
     Its parameters carry the names and shapes that they have in SB3's DQN, so that a ``state_dict`` of one fits the
-    other.
+    other. A subclass that computes something else does so in :meth:`outputs`, which acting and training both read.
 
     :param observation_space: what the network sees
     :param action_space: the actions that it values
@@ -53,6 +53,12 @@ class QNetwork(BasePolicy):
         self.head = head
         self.n_actions = int(action_space.n)
         self.q_net = nn.Sequential(*create_mlp(features_dim, self.n_actions * head.n_outputs, net_arch, activation_fn))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a subclass that would act by one function and learn another."""
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and "outputs" not in vars(cls):
+            raise TypeError(f"{cls.__name__} must override outputs() rather than forward(): training reads outputs()")
 
     def outputs(self, obs: PyTorchObs) -> th.Tensor:
         """What the head reads, ``(B, A, K)``."""

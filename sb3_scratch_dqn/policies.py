@@ -10,6 +10,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_scratch_dqn.checks import check_net_arch, check_subclass
 from sb3_scratch_dqn.heads import ExpectedHead, ValueHead
 from sb3_scratch_dqn.networks import QNetwork
 
@@ -61,9 +62,19 @@ class DQNPolicy(BasePolicy):
         )
         if net_arch is None:
             net_arch = [] if features_extractor_class == NatureCNN else [64, 64]
+        check_net_arch(net_arch)
+        check_subclass("activation_fn", activation_fn, nn.Module)
         self.net_arch = net_arch
         self.activation_fn = activation_fn
         self.head: ValueHead = ExpectedHead()
+        self.net_args: dict[str, Any] = {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "net_arch": net_arch,
+            "head": self.head,
+            "activation_fn": activation_fn,
+            "normalize_images": normalize_images,
+        }
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -79,17 +90,7 @@ class DQNPolicy(BasePolicy):
 
     def make_q_net(self) -> QNetwork:
         """Make a network with a features extractor of its own."""
-        features_extractor = self.make_features_extractor()
-        return QNetwork(
-            self.observation_space,
-            self.action_space,
-            features_extractor,
-            features_extractor.features_dim,
-            self.net_arch,
-            self.head,
-            self.activation_fn,
-            self.normalize_images,
-        ).to(self.device)
+        return QNetwork(**self._update_features_extractor(self.net_args)).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         """Greedy actions, ``(B,)``."""

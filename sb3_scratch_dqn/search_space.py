@@ -12,6 +12,7 @@ A range is of whole numbers where both of its ends are. The names are those of `
 ``DERIVED`` for settings that are searched in another form than they are set in.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -47,7 +48,8 @@ DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "net_arch": lambda value: {"policy_kwargs": {"net_arch": NET_ARCHS[value] if isinstance(value, str) else value}},
 }
 
-_RANGE_KEYS = {"low", "high", "log", "step"}
+# Names in a space that are not those of settings
+_OTHER_NAMES = (*DERIVED, "subsample_steps", *HER_SPACE)
 
 
 def check_space(space: Any, settings: Collection[str]) -> None:
@@ -60,12 +62,20 @@ def check_space(space: Any, settings: Collection[str]) -> None:
     if not isinstance(space, Mapping) or not space:
         raise ValueError(f"search_space={space!r} must map names of settings to choices or ranges")
     for name, choices in space.items():
-        if name not in settings and name not in DERIVED and name != "subsample_steps":
-            raise ValueError(f"search_space: {name!r} is no setting of ScratchDQN, nor one of {', '.join(DERIVED)}")
+        if name not in settings and name not in _OTHER_NAMES:
+            raise ValueError(
+                f"search_space: {name!r} can not be searched: it is no setting of ScratchDQN, "
+                f"nor one of {', '.join(_OTHER_NAMES)}"
+            )
         if not _is_choice(choices) and not _is_range(choices):
             raise ValueError(
                 f"search_space: {name}={choices!r} must be a list of choices, or a range such as "
-                "{low: 0.1, high: 1.0}, with log or step if wanted (in YAML, 1e-5 is a text and 1.0e-5 a number)"
+                "{low: 0.1, high: 1.0}, with log: true or step if wanted (in YAML, 1e-5 is a text and 1.0e-5 a number)"
+            )
+    for value in space.get("net_arch", []):
+        if isinstance(value, str) and value not in NET_ARCHS:
+            raise ValueError(
+                f"search_space: net_arch={value!r} is unknown: choose from {', '.join(NET_ARCHS)}, or a list"
             )
     if "subsample_steps" in space and "train_freq" not in space:
         raise ValueError("search_space: subsample_steps is searched in proportion to train_freq, so search that too")
@@ -76,12 +86,15 @@ def _is_choice(choices: Any) -> bool:
 
 
 def _is_range(choices: Any) -> bool:
-    if not isinstance(choices, Mapping) or not {"low", "high"} <= set(choices) <= _RANGE_KEYS:
+    if not isinstance(choices, Mapping) or not {"low", "high"} <= set(choices) <= {"low", "high", "log", "step"}:
         return False
-    low, high = choices["low"], choices["high"]
-    if not isinstance(low, int | float) or not isinstance(high, int | float) or low > high:
+    numbers = [choices[key] for key in ("low", "high", "step") if key in choices]
+    if any(isinstance(n, bool) or not isinstance(n, int | float) or not math.isfinite(n) for n in numbers):
         return False
-    return not choices.get("log", False) or low > 0
+    log = choices.get("log", False)
+    if not isinstance(log, bool) or (log and ("step" in choices or choices["low"] <= 0)):
+        return False
+    return bool(choices["low"] <= choices["high"] and choices.get("step", 1) > 0)
 
 
 def suggest(trial: optuna.Trial, space: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from sb3_scratch_dqn.search_space import check_space, convert_params, sample_par
 
 NAME = "scratch_dqn"
 
+# Arguments of ScratchDQN that an experiment gives itself
+_GIVEN_BY_THE_ZOO = {"env", "policy", "seed", "device", "verbose", "tensorboard_log", "_init_setup_model"}
+
 
 def hyperparams_folder() -> Path:
     """Where the settings files lie: inside an installed package, beside an editable one."""
@@ -118,7 +121,7 @@ def _extend_preprocess_hyperparams(original: Callable[..., Any]) -> Callable[...
         if self.algo == NAME:
             self.search_space = hyperparams.pop("search_space", None)
             if self.search_space is not None:
-                check_space(self.search_space, signature(ScratchDQN).parameters)
+                check_space(self.search_space, signature(ScratchDQN).parameters.keys() - _GIVEN_BY_THE_ZOO)
         return original(self, hyperparams)
 
     return _preprocess_hyperparams
@@ -128,7 +131,14 @@ def _extend_objective(original: Callable[..., float]) -> Callable[..., float]:
     def objective(self: Any, trial: optuna.Trial) -> float:
         if self.algo == NAME and self.search_space is not None:
             trial.set_user_attr("search_space", self.search_space)  # for sample_params
-        return original(self, trial)
+        try:
+            return original(self, trial)
+        except ValueError as error:
+            # The Zoo prunes a trial whose settings fail in training, but not one whose settings fail before
+            if self.algo != NAME:
+                raise
+            print(f"Trial {trial.number} cannot run: {error}")
+            raise optuna.TrialPruned from error
 
     return objective
 

@@ -1,5 +1,6 @@
 """Bad input gets one sentence that names it, and changes nothing."""
 
+import copy
 import io
 import pickle
 import zipfile
@@ -55,8 +56,21 @@ from sb3_scratch_dqn.checks import parse_frequency
         ("learning_rate", "fast", "at least 0"),
         ("stats_window_size", 0, "at least 1"),
         ("stats_window_size", "all", "whole number"),
-        ("policy", ReferencePolicy, "subclass of sb3_scratch_dqn.DQNPolicy"),
-        ("replay_buffer_class", RolloutBuffer, "subclass of ReplayBuffer"),
+        ("policy", None, "subclass of"),
+        ("replay_buffer_class", "ReplayBuffer", "subclass of"),
+        ("env", None, "the name of one"),
+        ("optimize_memory_usage", "no", "True or False"),
+        ("seed", -1, "from 0 to 4294967295"),
+        ("seed", "x", "None or a whole number"),
+        ("device", "gpu9", "'cpu' or 'cuda:0'"),
+        ("verbose", -1, "at least 0"),
+        ("policy_kwargs", [64], "must be a dict"),
+        ("policy_kwargs", {"net_arhc": [64]}, "choose from net_arch"),
+        ("policy_kwargs", {"lr_schedule": 1}, "unknown name 'lr_schedule'"),
+        ("replay_buffer_kwargs", {"size": 3}, "choose from handle_timeout_termination"),
+        ("replay_buffer_kwargs", {"n_steps": 3}, "choose from handle_timeout_termination"),
+        ("policy", ReferencePolicy, "subclass of sb3_scratch_dqn.policies.DQNPolicy"),
+        ("replay_buffer_class", RolloutBuffer, "subclass of stable_baselines3.common.buffers.ReplayBuffer"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_value_and_what_would_be_right(name, value, right):
@@ -188,7 +202,7 @@ def test_parameters_that_do_not_fit_leave_the_model_as_it_was():
     with pytest.raises(RuntimeError, match="size mismatch"):
         model.set_parameters(wrong)
     assert_equal(before, model.get_parameters())
-    with pytest.raises(ValueError, match="nonsense"):
+    with pytest.raises(ValueError, match="parameters of nonsense were given, but must be of policy"):
         model.set_parameters({**ScratchDQN("MlpPolicy", TimeoutEnv()).get_parameters(), "nonsense": {}})
     assert_equal(before, model.get_parameters())
 
@@ -241,10 +255,98 @@ def test_folding_steps_needs_a_buffer_that_can():
         ScratchDQN("MlpPolicy", TimeoutEnv(), n_steps=3, replay_buffer_class=ReplayBuffer, buffer_size=100)
 
 
-def test_settings_of_the_replay_that_contradict_the_model_are_refused():
-    with pytest.raises(ValueError, match=r"replay_buffer_kwargs\['n_steps'\]=3 must be given to ScratchDQN itself"):
-        ScratchDQN("MlpPolicy", TimeoutEnv(), replay_buffer_kwargs={"n_steps": 3})
-    ScratchDQN("MlpPolicy", TimeoutEnv(), n_steps=3, replay_buffer_kwargs={"n_steps": 3, "gamma": 0.99})
+@pytest.mark.parametrize(
+    ("kwargs", "right"),
+    [
+        ({"net_arch": "abc"}, r"net_arch='abc' must be a list of whole numbers"),
+        ({"net_arch": [64, 0]}, r"net_arch=\[64, 0\] must be a list of whole numbers"),
+        ({"activation_fn": "relu"}, r"activation_fn='relu' must be a subclass of torch.nn.modules.module.Module"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused(kwargs, right):
+    with pytest.raises(ValueError, match=right):
+        ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs=kwargs)
+
+
+def test_observations_kept_once_need_two_rows():
+    kwargs = {"handle_timeout_termination": False}
+    with pytest.raises(ValueError, match="buffer_size=1 must be at least 2 with optimize_memory_usage=True"):
+        ScratchDQN(
+            "MlpPolicy",
+            TimeoutEnv(),
+            buffer_size=1,
+            batch_size=1,
+            optimize_memory_usage=True,
+            replay_buffer_kwargs=kwargs,
+        )
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = ScratchDQN(
+        "MlpPolicy",
+        TimeoutEnv(),
+        learning_rate=np.float32(1e-3),
+        batch_size=np.int64(8),
+        buffer_size=np.int32(100),
+        stats_window_size=np.int64(5),
+        target_update_interval=np.int64(10),
+        train_freq=np.int64(2),
+        gamma=np.float32(0.9),
+        seed=np.int64(3),
+    ).learn(1.5e2)
+    assert model.num_timesteps == 150
+    assert model.ep_info_buffer.maxlen == 5
+
+
+@pytest.mark.parametrize("steps", ["many", None, float("nan"), -1])
+def test_a_duration_that_is_none_is_refused(steps):
+    with pytest.raises(ValueError, match=r"total_timesteps=.* must be a number of environment steps"):
+        ScratchDQN("MlpPolicy", TimeoutEnv()).learn(steps)
+    with pytest.raises(ValueError, match="log_interval=0 must be"):
+        ScratchDQN("MlpPolicy", TimeoutEnv()).learn(10, log_interval=0)
+
+
+@pytest.mark.parametrize("data", ["[]", "3", '{"loss": 1}'])
+@pytest.mark.parametrize("method", [ScratchDQN.load, ScratchDQN.from_sb3])
+def test_a_model_file_with_other_contents_is_refused(tmp_path, data, method):
+    with zipfile.ZipFile(tmp_path / "odd.zip", "w") as archive:
+        archive.writestr("data", data)
+    with pytest.raises(ValueError, match=r"odd.zip'\)"):
+        method(tmp_path / "odd.zip")
+
+
+def test_a_model_file_without_its_parameters_is_refused(files, tmp_path):
+    with zipfile.ZipFile(files / "good.zip") as old, zipfile.ZipFile(tmp_path / "odd.zip", "w") as new:
+        for name in old.namelist():
+            if name != "policy.optimizer.pth":
+                new.writestr(name, b"garbage" if name == "policy.pth" else old.read(name))
+    with pytest.raises(ValueError, match=r"odd.zip'\) is a damaged model file"):
+        ScratchDQN.load(tmp_path / "odd.zip")
+
+
+@pytest.mark.parametrize("path", [None, 5])
+def test_a_path_that_is_none_is_refused(path):
+    with pytest.raises(ValueError, match=f"path={path} must be a path or an open binary file"):
+        ScratchDQN.load(path)
+
+
+def test_a_setting_that_there_is_not_is_refused_when_loading(files):
+    with pytest.raises(ValueError, match="los='mse' is no setting of ScratchDQN"):
+        ScratchDQN.load(files / "good.zip", los="mse")
+
+
+def test_the_state_of_another_optimiser_is_refused():
+    def model(**policy_kwargs):
+        return ScratchDQN("MlpPolicy", TimeoutEnv(), seed=0, policy_kwargs=policy_kwargs).learn(120)
+
+    ours, small, sgd = model(), model(net_arch=[8, 8]), model(optimizer_class=th.optim.SGD)
+    before = copy.deepcopy(ours.get_parameters())
+    for other, what in ((small, "has a parameter of shape"), (sgd, "is a Adam, but its new state has no")):
+        mixed = {"policy": model().get_parameters()["policy"], "policy.optimizer": other.policy.optimizer.state_dict()}
+        with pytest.raises(ValueError, match=what):
+            ours.set_parameters(mixed)
+        assert_equal(before, ours.get_parameters())
+    ours.learn(50)
 
 
 def test_a_small_buffer_serves_a_loaded_model_until_it_trains(files):

@@ -7,6 +7,7 @@ import pytest
 import torch as th
 from helpers import DictEnv, TimeoutEnv, assert_equal, assert_same_training, normalized, random_states, replay_contents
 from stable_baselines3 import DQN, PPO, HerReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.dqn.policies import DQNPolicy as ReferencePolicy
 from test_parity import CONFIGURATIONS, SMALL, trained
 
@@ -130,3 +131,65 @@ def test_what_has_no_counterpart_is_refused(tmp_path):
         ScratchDQN.from_sb3(DQN(MyPolicy, TimeoutEnv()))
     with pytest.raises(ValueError, match="n_steps=3 with Dict observations has no counterpart"):
         ScratchDQN("MultiInputPolicy", DictEnv(), n_steps=3).to_sb3()
+
+
+@pytest.mark.parametrize("other_size", [60, 2000])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}},
+        {"n_steps": 3},
+    ],
+)
+def test_a_replay_that_was_loaded_is_converted_as_it_is(other_size, settings, tmp_path):
+    models = []
+    for algorithm in (DQN, ScratchDQN):
+        filled, _ = trained(algorithm, "MlpPolicy", TimeoutEnv, 100, {**SMALL, "buffer_size": other_size, **settings})
+        filled.save_replay_buffer(tmp_path / "replay.pkl")
+        model, states = trained(algorithm, "MlpPolicy", TimeoutEnv, 100, {**SMALL, "buffer_size": 300})
+        model.load_replay_buffer(tmp_path / "replay.pkl")
+        converted = ScratchDQN.from_sb3(model) if algorithm is DQN else model.to_sb3()
+        assert converted.replay_buffer.buffer_size == other_size
+        assert_equal(replay_contents(model.replay_buffer), replay_contents(converted.replay_buffer))
+        models.append((model, converted, states))
+    reference, converted, states = models[0]
+    assert_same_training(go_on(reference, TimeoutEnv, states), go_on(converted, TimeoutEnv, states))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 4, "gamma": 0.5}},
+        {"replay_buffer_class": NStepReplayBuffer, "gamma": 0.8},
+        {"replay_buffer_class": NStepReplayBuffer, "gamma": 0.99},
+    ],
+)
+def test_a_buffer_that_was_chosen_samples_as_it_did(settings):
+    reference, states = trained(DQN, "MlpPolicy", TimeoutEnv, 200, {**SMALL, **settings})
+    converted = ScratchDQN.from_sb3(reference)
+    assert_same_training(go_on(reference, TimeoutEnv, states), go_on(converted, TimeoutEnv, states))
+
+
+def test_steps_that_sb3_does_not_fold_are_not_folded():
+    settings = {**SMALL, "replay_buffer_class": ReplayBuffer, "n_steps": 3}
+    with pytest.warns(UserWarning, match="is ignored"):
+        reference, states = trained(DQN, "MlpPolicy", TimeoutEnv, 200, settings)
+    converted = ScratchDQN.from_sb3(reference)
+    assert_same_training(go_on(reference, TimeoutEnv, states), go_on(converted, TimeoutEnv, states))
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [({"los": "mse"}, "los='mse'"), ({"buffer_size": 40}, "buffer_size=40"), ({"policy": 1}, "policy=1")],
+)
+def test_settings_that_cannot_change_on_the_way_are_refused(settings, what):
+    with pytest.raises(ValueError, match=f"{what} is no setting that from_sb3 can change"):
+        ScratchDQN.from_sb3(DQN("MlpPolicy", TimeoutEnv()), **settings)
+
+
+def test_an_optimiser_that_the_policy_was_not_made_with_is_refused():
+    reference = DQN("MlpPolicy", TimeoutEnv())
+    reference.policy.optimizer = th.optim.SGD(reference.q_net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"policy\.optimizer=SGD cannot be converted"):
+        ScratchDQN.from_sb3(reference)

@@ -97,6 +97,10 @@ SETTINGS = ["gamma", "batch_size", "train_freq"]
         {"low": "1e-5", "high": 0.1},
         {"low": 2, "high": 1},
         {"low": 0.0, "high": 1.0, "log": True},
+        {"low": 0.1, "high": 1.0, "log": True, "step": 0.1},
+        {"low": 0.1, "high": 1.0, "log": "maybe"},
+        {"low": 0.1, "high": 1.0, "step": -1},
+        {"low": float("nan"), "high": 1.0},
     ],
 )
 def test_a_space_that_is_none_is_named(choices):
@@ -105,8 +109,10 @@ def test_a_space_that_is_none_is_named(choices):
 
 
 def test_a_space_of_something_else_is_named():
-    with pytest.raises(ValueError, match="'speed' is no setting of ScratchDQN"):
+    with pytest.raises(ValueError, match=r"'speed' can not be searched: it is no setting"):
         check_space({"speed": [1, 2]}, SETTINGS)
+    with pytest.raises(ValueError, match="net_arch='tiny' is unknown: choose from small"):
+        check_space({"net_arch": ["small", "tiny"]}, SETTINGS)
     with pytest.raises(ValueError, match="search_space=3 must map names"):
         check_space(3, SETTINGS)
     with pytest.raises(ValueError, match="subsample_steps is searched in proportion to train_freq"):

@@ -172,3 +172,26 @@ def test_a_preset_may_declare_its_own_search_space(tmp_path):
     )  # fmt: skip
     assert "batch_size: 8" in out or "batch_size: 16" in out
     assert "one_minus_gamma" not in out.split("Params:")[1]
+
+
+def test_a_trial_that_cannot_run_is_pruned_and_does_not_end_the_search():
+    class Manager:
+        algo, search_space = "scratch_dqn", {"buffer_size": [8]}
+
+    def fail(self, trial):
+        return ScratchDQN("MlpPolicy", "CartPole-v1", buffer_size=trial.suggest_int("buffer_size", 8, 8))
+
+    study = optuna.create_study()
+    study.optimize(lambda trial: zoo._extend_objective(fail)(Manager(), trial), n_trials=2)
+    assert [trial.state.name for trial in study.trials] == ["PRUNED", "PRUNED"]
+    assert study.trials[0].user_attrs["search_space"] == {"buffer_size": [8]}
+
+
+def test_a_search_space_that_cannot_be_searched_ends_the_experiment_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yml").write_text(
+        "CartPole-v1: {policy: MlpPolicy, n_timesteps: 60, search_space: {seed: [1, 2]}}"
+    )
+    with pytest.raises(ValueError, match="'seed' can not be searched"):
+        manager(config="mine.yml", optimize_hyperparameters=True).setup_experiment()
+    assert not (tmp_path / "logs").exists()

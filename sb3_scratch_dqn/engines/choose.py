@@ -13,6 +13,7 @@ class Engine(Protocol):
     """Takes gradient steps; :class:`EagerEngine` says what the parameters of ``train`` mean."""
 
     name: str
+    policy: DQNPolicy
 
     def train(self, draw: Callable[[], Batch], gradient_steps: int, max_grad_norm: float) -> list[float]:
         """Take ``gradient_steps`` gradient steps and return the mean loss of each."""

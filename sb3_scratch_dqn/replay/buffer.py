@@ -17,6 +17,11 @@ from sb3_scratch_dqn.replay.samplers import UniformSampler
 from sb3_scratch_dqn.replay.stores import Array, DenseStore, Observation, Space
 
 
+def _in_store(name: str) -> Any:
+    """An attribute that lives in the store, which replaces its arrays as it grows."""
+    return property(lambda self: getattr(self.store, name), lambda self, value: self.store.replace(name, value))
+
+
 class ScratchReplayBuffer(ReplayBuffer):
     """A ring of transitions, for array and ``Dict`` observations, one or several environments, one or several steps.
 
@@ -33,15 +38,15 @@ class ScratchReplayBuffer(ReplayBuffer):
     :param handle_timeout_termination: bootstrap where an episode was cut by a time limit
     :param n_steps: fold up to this many steps into each sampled transition
     :param gamma: discount of one step, used where sampling is not told another one
-    :raises ValueError: if ``optimize_memory_usage`` and ``handle_timeout_termination`` are both set
+    :raises ValueError: if ``optimize_memory_usage`` and ``handle_timeout_termination`` are both set, or observations
+        that are kept once have not two rows
     """
 
-    # The arrays live in the store, which replaces them as it grows; SB3 declares them as plain attributes.
-    observations = property(lambda self: self.store.observations)
-    actions = property(lambda self: self.store.actions)
-    rewards = property(lambda self: self.store.rewards)
-    dones = property(lambda self: self.store.dones)
-    timeouts = property(lambda self: self.store.timeouts)
+    observations = _in_store("observations")
+    actions = _in_store("actions")
+    rewards = _in_store("rewards")
+    dones = _in_store("dones")
+    timeouts = _in_store("timeouts")
 
     def __init__(
         self,
@@ -63,6 +68,11 @@ class ScratchReplayBuffer(ReplayBuffer):
                 "an observation that is kept once has no room for the one a time limit ended the episode with"
             )
         self.buffer_size = max(buffer_size // n_envs, 1)
+        if optimize_memory_usage and self.buffer_size < 2:
+            raise ValueError(
+                f"buffer_size={buffer_size} must be at least {2 * n_envs} with optimize_memory_usage=True: "
+                "what came next takes a row of its own in each environment"
+            )
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
         self.n_steps = n_steps
@@ -77,8 +87,8 @@ class ScratchReplayBuffer(ReplayBuffer):
             share_next=optimize_memory_usage,
         )
 
-    @property
-    def next_observations(self) -> Observation:  # type: ignore[override]
+    @property  # type: ignore[override]  # SB3 declares arrays alone, and has another class for dicts of them
+    def next_observations(self) -> Observation:
         """What came next, ``(rows, n_envs, ...)``.
 
         :raises AttributeError: with ``optimize_memory_usage``, which keeps it in ``observations`` alone
@@ -86,6 +96,10 @@ class ScratchReplayBuffer(ReplayBuffer):
         if self.optimize_memory_usage:
             raise AttributeError("with optimize_memory_usage, what came next is the following row of observations")
         return self.store.next_observations
+
+    @next_observations.setter
+    def next_observations(self, value: Observation) -> None:
+        self.store.replace("next_observations", value)
 
     def add(
         self,
@@ -190,6 +204,14 @@ def batch_source(buffer: ReplayBuffer, env: VecNormalize | None, gamma: float) -
     :param env: normalises observations and rewards
     :param gamma: discount of one step
     """
-    if isinstance(buffer, ScratchReplayBuffer):
+    if isinstance(buffer, ScratchReplayBuffer) and not _samples_its_own_way(buffer):
         return partial(buffer.sample_batch, env=env, gamma=gamma)
     return lambda batch_size: batch_from_samples(buffer.sample(batch_size, env=env), gamma)
+
+
+def _samples_its_own_way(buffer: ScratchReplayBuffer) -> bool:
+    """Whether somebody replaced what SB3's users replace to change what is sampled."""
+    return any(
+        name in vars(buffer) or getattr(type(buffer), name) is not getattr(ScratchReplayBuffer, name)
+        for name in ("sample", "_get_samples")
+    )

@@ -95,6 +95,20 @@ class DenseStore:
         if rows > self.rows:
             self._resize(min(max(rows, 2 * self.rows, _FIRST_ROWS), self.capacity))
 
+    def replace(self, name: str, value: Observation) -> None:
+        """Put other arrays in the place of one of ``ARRAYS``.
+
+        :raises ValueError: if they are of another kind or shape
+        """
+        current = getattr(self, name)
+
+        def shapes(observation: Observation) -> Any:
+            return {k: v.shape for k, v in observation.items()} if isinstance(observation, dict) else observation.shape
+
+        if isinstance(value, dict) != isinstance(current, dict) or shapes(value) != shapes(current):
+            raise ValueError(f"{name} must be replaced by what has the same shape, {shapes(current)}")
+        setattr(self, name, value)
+
     def trimmed(self, rows: int) -> "DenseStore":
         """A store that holds the first ``rows`` rows, for saving; it grows again when written to."""
         store = copy(self)
