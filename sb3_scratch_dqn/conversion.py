@@ -117,6 +117,8 @@ def to_sb3(model: "ScratchDQN") -> "DQN":
         "replay_buffer_kwargs": dict(model.replay_buffer_kwargs),
     }
     if isinstance(buffer, ScratchReplayBuffer):
+        if type(buffer) is not ScratchReplayBuffer:
+            raise ValueError(f"replay_buffer_class={type(buffer).__name__} has no counterpart in SB3's DQN")
         changed["replay_buffer"] = _to_sb3_buffer(buffer, model.gamma)
         changed["replay_buffer_class"] = type(changed["replay_buffer"])
         if buffer.n_steps > 1:

@@ -10,7 +10,7 @@ def sync_is_due(interval: int | tuple[int, str], n_envs: int, calls: int, episod
     :param episodes: episodes finished so far, those that this call ended included
     :param ended: episodes that this call ended
     """
-    if not isinstance(interval, tuple):
+    if not isinstance(interval, tuple | list):
         return calls % max(interval // n_envs, 1) == 0
     frequency, _ = interval
     # Several environments may take the count past a multiple in one call

@@ -129,6 +129,17 @@ def test_what_has_no_counterpart_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="policy=MyPolicy cannot be converted"):
         ScratchDQN.from_sb3(DQN(MyPolicy, TimeoutEnv()))
+
+    class MyBuffer(ScratchReplayBuffer):
+        pass
+
+    with pytest.raises(ValueError, match="replay_buffer_class=MyBuffer has no counterpart"):
+        ScratchDQN("MlpPolicy", TimeoutEnv(), replay_buffer_class=MyBuffer).to_sb3()
+    once = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
+    with pytest.raises(ValueError, match="optimize_memory_usage=True with Dict observations has no counterpart"):
+        ScratchDQN("MultiInputPolicy", DictEnv(), **once).to_sb3()
+    with pytest.raises(ValueError, match="n_steps=3 with observations that are kept once has no counterpart"):
+        ScratchDQN("MlpPolicy", TimeoutEnv(), n_steps=3, **once).to_sb3()
     with pytest.raises(ValueError, match="n_steps=3 with Dict observations has no counterpart"):
         ScratchDQN("MultiInputPolicy", DictEnv(), n_steps=3).to_sb3()
 
