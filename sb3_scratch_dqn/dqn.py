@@ -414,16 +414,26 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
             return self.policy.predict(observation, state, episode_start, deterministic)
         if not isinstance(observation, dict):
             observation = np.asarray(observation)
-        if not self.policy.is_vectorized_observation(observation):
+        n_observations = self._count(observation)
+        if n_observations is None:
             if np.random.rand() < self.exploration_rate:
                 return np.array(self.action_space.sample()), state
             return self.policy.predict(observation, state, episode_start)
-        first = next(iter(observation.values())) if isinstance(observation, dict) else observation
 
         def greedy_actions() -> Actions:
             return self.policy.predict(observation, state, episode_start)[0]
 
-        return epsilon_greedy(self.exploration_rate, len(first), self.action_space.sample, greedy_actions), state
+        return epsilon_greedy(self.exploration_rate, n_observations, self.action_space.sample, greedy_actions), state
+
+    def _count(self, observation: Observation) -> int | None:
+        """The number of observations in a batch of them; ``None`` for a single one."""
+        if isinstance(observation, dict):
+            first = next(iter(observation.values()))
+        elif observation.ndim > 0 and observation.shape[1:] == self.observation_space.shape:
+            return len(observation)  # the common case, sparing the policy's thorough look
+        else:
+            first = observation
+        return len(first) if self.policy.is_vectorized_observation(observation) else None
 
     def q_values(self, observation: Observation) -> Array:
         """The value of each action.

@@ -82,6 +82,8 @@ def epsilon_greedy(
     :return: ``(n_envs,)``
     """
     explores = np.random.rand(n_envs) < epsilon
+    if not explores.any():
+        return greedy_actions()
     if explores.all():
         return np.array([random_action() for _ in range(n_envs)])
     actions = greedy_actions()
