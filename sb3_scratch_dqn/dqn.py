@@ -16,31 +16,19 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_scratch_dqn import checks, conversion
 from sb3_scratch_dqn.checked_algorithm import CheckedOffPolicyAlgorithm
-from sb3_scratch_dqn.engines import ENGINE_NAMES, choose_engine
-from sb3_scratch_dqn.exploration import EXPLORATION_SCHEDULES, Actions, epsilon_greedy, make_epsilon_schedule
+from sb3_scratch_dqn.engines import choose_engine
+from sb3_scratch_dqn.exploration import Actions, epsilon_greedy, make_epsilon_schedule
 from sb3_scratch_dqn.files import Path
 from sb3_scratch_dqn.heads import LOSSES
 from sb3_scratch_dqn.networks import QNetwork
 from sb3_scratch_dqn.policies import CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source
 from sb3_scratch_dqn.replay.stores import Array, Observation
+from sb3_scratch_dqn.settings import check_settings
 from sb3_scratch_dqn.target_sync import sync_is_due
 
 if TYPE_CHECKING:
     from stable_baselines3.dqn import DQN
-
-# What comes from ScratchDQN's own arguments and environment, and so not from policy_kwargs or replay_buffer_kwargs
-_GIVEN_TO_POLICIES = {"observation_space", "action_space", "lr_schedule"}
-_GIVEN_TO_BUFFERS = {
-    "buffer_size",
-    "observation_space",
-    "action_space",
-    "device",
-    "n_envs",
-    "optimize_memory_usage",
-    "env",
-}
-_GIVEN_TO_OWN_BUFFERS = {"n_steps", "gamma"}
 
 SelfScratchDQN = TypeVar("SelfScratchDQN", bound="ScratchDQN")
 
@@ -181,48 +169,12 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
         self._episodes_ended_now = 0  # by the last call of env.step()
 
         if _init_setup_model:
-            self._check_settings()
+            check_settings(self)
             checks.check_buffer_holds_batch(self.buffer_size, self.batch_size)
             self._setup_model()
 
-    def _check_settings(self) -> None:
-        if self.env is not None:
-            checks.check_action_space(self.action_space)
-        checks.check_subclass("policy", self.policy_class, DQNPolicy)
-        checks.check_arguments("policy_kwargs", self.policy_kwargs, self.policy_class, refused=_GIVEN_TO_POLICIES)
-        if self.replay_buffer_class is not None:
-            checks.check_subclass("replay_buffer_class", self.replay_buffer_class, ReplayBuffer)
-        own_buffer = issubclass(self._buffer_class, ScratchReplayBuffer)
-        given = _GIVEN_TO_BUFFERS | _GIVEN_TO_OWN_BUFFERS if own_buffer else _GIVEN_TO_BUFFERS
-        checks.check_arguments("replay_buffer_kwargs", self.replay_buffer_kwargs, self._buffer_class, refused=given)
-        checks.check_flag("optimize_memory_usage", self.optimize_memory_usage)
-        checks.check_seed(self.seed)
-        for name in ("buffer_size", "batch_size", "n_steps", "stats_window_size"):
-            checks.check_count(name, getattr(self, name))
-        checks.check_count("learning_starts", self.learning_starts, minimum=0)
-        checks.check_count("gradient_steps", self.gradient_steps, minimum=-1)
-        for name in ("tau", "gamma", "exploration_fraction", "exploration_decay"):
-            checks.check_fraction(name, getattr(self, name))
-        for name in ("exploration_initial_eps", "exploration_final_eps"):
-            checks.check_fraction(name, getattr(self, name))
-        checks.check_positive("max_grad_norm", self.max_grad_norm)
-        checks.check_learning_rate(self.learning_rate)
-        checks.check_choice("loss", self.loss, LOSSES)
-        checks.check_choice("engine", self.engine, ENGINE_NAMES)
-        if callable(self.exploration_schedule):
-            for progress in (1.0, 0.0):
-                checks.check_fraction(f"exploration_schedule({progress})", self.exploration_schedule(progress))
-        else:
-            checks.check_choice("exploration_schedule", self.exploration_schedule, EXPLORATION_SCHEDULES)
-        unit = checks.parse_frequency("train_freq", self.train_freq)[1]
-        if unit == "episode" and self.n_envs > 1:
-            raise ValueError(
-                f"train_freq={self.train_freq!r} counts episodes, which needs one environment, "
-                f"but env has {self.n_envs}: count steps instead"
-            )
-
     def _setup_model(self) -> None:
-        self._check_settings()
+        check_settings(self)
         frequency, unit = checks.parse_frequency("target_update_interval", self.target_update_interval)
         self.target_update_interval = frequency if unit == "step" else (frequency, unit)
         self.train_freq = checks.parse_frequency("train_freq", self.train_freq)
@@ -269,12 +221,8 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
             self.exploration_decay,
         )
 
-    @property
-    def _buffer_class(self) -> type[ReplayBuffer]:
-        return self.replay_buffer_class or ScratchReplayBuffer
-
     def _make_replay_buffer(self) -> ReplayBuffer:
-        buffer_class, kwargs = self._buffer_class, dict(self.replay_buffer_kwargs)
+        buffer_class, kwargs = self.replay_buffer_class or ScratchReplayBuffer, dict(self.replay_buffer_kwargs)
         if issubclass(buffer_class, ScratchReplayBuffer):
             kwargs.update(n_steps=self.n_steps, gamma=self.gamma)
         elif self.n_steps > 1:
@@ -445,7 +393,8 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
 
     # Files and SB3's DQN
 
-    def load_replay_buffer(self, path: Path, truncate_last_traj: bool = True) -> None:  # noqa: D102
+    def load_replay_buffer(self, path: Path, truncate_last_traj: bool = True) -> None:
+        """Load a saved replay buffer; see :class:`CheckedOffPolicyAlgorithm`."""
         super().load_replay_buffer(path, truncate_last_traj)
         if isinstance(self.replay_buffer, ScratchReplayBuffer):
             # How steps are folded is a setting of the model, not part of what was stored

@@ -21,10 +21,11 @@ ALLOWED = {
     "checks": set(),
     "files": {"checks"},
     "checked_algorithm": {"checks", "files"},
+    "settings": {"checks", "engines", "exploration", "heads", "policies", "replay"},
     "conversion": {"files", "replay", "policies"},
     "dqn": {
         "checked_algorithm", "checks", "conversion", "engines", "exploration", "files", "heads", "networks", "policies",
-        "replay", "target_sync",
+        "replay", "settings", "target_sync",
     },
     "zoo": {"dqn", "search_space"},
     "__init__": {"dqn", "policies", "replay"},
