@@ -94,7 +94,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         saved = read_model_settings(path)
         check_saved_by(cls.__name__, path, saved, cls.own_settings)
         if env is not None:
-            env = cls._wrap_env(maybe_make_env(env, saved["verbose"]), saved["verbose"])
+            verbose = saved.get("verbose", 0)
+            env = cls._wrap_env(maybe_make_env(env, verbose), verbose)
             check_same_spaces("env", env, *read_spaces(saved, custom_objects))
         unknown = sorted(kwargs.keys() - saved.keys() - signature(cls).parameters.keys())
         if unknown:

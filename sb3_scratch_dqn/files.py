@@ -19,7 +19,7 @@ from sb3_scratch_dqn.checks import Space
 Path = str | pathlib.Path | io.BufferedIOBase
 
 # Settings without which no model can be loaded
-_EVERY_MODEL = ("policy_class", "observation_space", "action_space", "verbose")
+_EVERY_MODEL = ("policy_class", "observation_space", "action_space")
 
 
 def read_model_settings(path: Path) -> dict[str, Any]:
@@ -64,7 +64,11 @@ def check_saved_by(algorithm: str, path: Path, settings: dict[str, Any], own_set
     :param settings: as :func:`read_model_settings` read them there
     :param own_settings: what such a model knows of itself, and models of other algorithms do not
     """
-    if not {*own_settings, *_EVERY_MODEL} <= set(settings):
+    missing = [name for name in _EVERY_MODEL if name not in settings]
+    if missing:
+        raise ValueError(f"path={path!r} is no whole model file: its settings have no {missing[0]!r}")
+    # One of them is enough: save(exclude=...) may have left others out
+    if not any(name in settings for name in own_settings):
         raise ValueError(
             f"path={path!r} must be a model saved by {algorithm}, but another algorithm saved it (its policy is from "
             f"{policy_module(settings)}); ScratchDQN.from_sb3() reads those of SB3's DQN"

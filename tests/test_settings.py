@@ -79,6 +79,13 @@ def test_a_saved_model_keeps_its_settings(tmp_path):
     assert loaded.exploration_schedule(1.0) == 0.5
 
 
+def test_settings_left_out_when_saving_have_their_defaults_when_loaded(tmp_path):
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), loss="mse", verbose=2, engine="eager")
+    model.save(tmp_path / "model.zip", exclude=["loss", "verbose"])
+    loaded = ScratchDQN.load(tmp_path / "model.zip")
+    assert (loaded.loss, loaded.verbose, loaded.engine) == ("huber", 0, "eager")
+
+
 def test_loading_allocates_no_replay(tmp_path):
     ScratchDQN("MlpPolicy", TimeoutEnv(), buffer_size=10**12).save(tmp_path / "model.zip")
     assert len(ScratchDQN.load(tmp_path / "model.zip").replay_buffer.observations) == 0
