@@ -82,7 +82,7 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    own_settings = ("loss", "exploration_schedule", "exploration_decay", "engine")
+    own_settings = ("loss", "exploration_decay", "engine")  # exploration_schedule SB3 knows too, as something else
 
     policy: DQNPolicy
     q_net: QNetwork
