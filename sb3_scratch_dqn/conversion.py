@@ -177,6 +177,7 @@ def _set_up(
     cls: type[Algorithm], policy_class: type[BasePolicy], model: OffPolicyAlgorithm, changed: dict[str, Any]
 ) -> Algorithm:
     """Make an algorithm that goes on where ``model`` is, and leave every random state as it was."""
+    # SB3's base class does not declare the argument that all of its algorithms take, nor env as optional
     converted = cls(policy=policy_class, env=model.env, device=model.device, _init_setup_model=False)  # type: ignore[call-arg, arg-type]
     for name in (vars(converted).keys() | _MADE_LATER) - _NOT_COPIED:
         if name in vars(model):

@@ -46,7 +46,7 @@ class EagerEngine:
             losses.append(loss.item())
 
             policy.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # PyTorch has no types for it
             th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             policy.optimizer.step()
         return losses

@@ -139,7 +139,7 @@ class ScratchReplayBuffer(ReplayBuffer):
             weights=weights,
         )
 
-    def sample(  # type: ignore[override]
+    def sample(  # type: ignore[override]  # one class for arrays and dicts, where SB3 has two
         self, batch_size: int, env: VecNormalize | None = None
     ) -> ReplayBufferSamples | DictReplayBufferSamples:
         """Draw transitions in SB3's form, each column ``(batch_size, 1)``.
@@ -149,7 +149,7 @@ class ScratchReplayBuffer(ReplayBuffer):
         rows, envs, _ = self.sampler.draw(self, batch_size)
         return self._samples(rows, envs, env)
 
-    def _get_samples(  # type: ignore[override]
+    def _get_samples(  # type: ignore[override]  # likewise
         self, batch_inds: Array, env: VecNormalize | None = None
     ) -> ReplayBufferSamples | DictReplayBufferSamples:
         return self._samples(batch_inds, self.sampler.draw_envs(self, len(batch_inds)), env)
