@@ -2,7 +2,6 @@
 
 import pathlib
 import warnings
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -15,9 +14,9 @@ from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_scratch_dqn import checks, conversion
-from sb3_scratch_dqn.checked_algorithm import CheckedOffPolicyAlgorithm
+from sb3_scratch_dqn.acting import EpsilonGreedyAlgorithm
 from sb3_scratch_dqn.engines import choose_engine
-from sb3_scratch_dqn.exploration import Actions, epsilon_greedy, make_epsilon_schedule
+from sb3_scratch_dqn.exploration import make_epsilon_schedule
 from sb3_scratch_dqn.files import Path
 from sb3_scratch_dqn.heads import LOSSES
 from sb3_scratch_dqn.networks import QNetwork
@@ -26,6 +25,7 @@ from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source
 from sb3_scratch_dqn.replay.stores import Array, Observation
 from sb3_scratch_dqn.settings import check_settings
 from sb3_scratch_dqn.target_sync import sync_is_due
+from sb3_scratch_dqn.td import MunchausenSettings, Objective
 
 if TYPE_CHECKING:
     from stable_baselines3.dqn import DQN
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SelfScratchDQN = TypeVar("SelfScratchDQN", bound="ScratchDQN")
 
 
-class ScratchDQN(CheckedOffPolicyAlgorithm):
+class ScratchDQN(EpsilonGreedyAlgorithm):
     """Deep Q-Network, from scratch (https://arxiv.org/abs/1312.5602, https://www.nature.com/articles/nature14236).
 
     The positional parameters are those of SB3's ``DQN``, with the same defaults; the keyword-only ones come on top.
@@ -72,6 +72,14 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
     :param exploration_schedule: ``"linear"`` over ``exploration_fraction``; ``"exponential"``: multiplied by
         ``exploration_decay`` after each episode; or a function of the remaining progress (1 to 0)
     :param exploration_decay: the factor of an exponential schedule
+    :param exploration_steps: environment steps over which a linear epsilon falls, instead of
+        ``exploration_fraction`` of a training; they are counted over all calls of ``learn()``
+    :param double_q: the online network chooses the next action, the target network values it
+        (https://arxiv.org/abs/1509.06461)
+    :param munchausen: learn from a soft-greedy policy, with a bonus for what it would have done
+        (https://arxiv.org/abs/2007.14430)
+    :param munchausen_kwargs: ``tau`` (0.03), ``alpha`` (0.9) and ``clip`` (-1.0), as in
+        :class:`sb3_scratch_dqn.td.MunchausenTarget`
     :param engine: how updates are executed: ``"auto"``, the fastest that serves these settings, or ``"eager"``
     :raises ValueError: for settings that cannot work, naming the first of them
     :raises AssertionError: for an environment whose actions are not ``Discrete``
@@ -120,6 +128,10 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
         loss: str = "huber",
         exploration_schedule: str | Schedule = "linear",
         exploration_decay: float = 0.995,
+        exploration_steps: int | None = None,
+        double_q: bool = False,
+        munchausen: bool = False,
+        munchausen_kwargs: dict[str, float] | None = None,
         engine: str = "auto",
     ) -> None:
         if env is None and _init_setup_model:
@@ -161,10 +173,15 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
         self.loss = loss
         self.exploration_schedule = exploration_schedule
         self.exploration_decay = exploration_decay
+        self.exploration_steps = exploration_steps
+        self.double_q = double_q
+        self.munchausen = munchausen
+        self.munchausen_kwargs = munchausen_kwargs
         self.engine = engine
 
         self.exploration_rate = 0.0  # until the first step, as in SB3
         self._n_calls = 0  # of env.step()
+        self._env_steps = 0  # over all calls of learn()
         self._episodes_finished = 0  # since learn() last set the counters back
         self._episodes_ended_now = 0  # by the last call of env.step()
 
@@ -200,7 +217,7 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
         self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
 
         self._make_epsilon_schedule()
-        self._engine = choose_engine(self.engine, self.policy, LOSSES[self.loss])
+        self._engine = choose_engine(self.engine, self.policy, self._objective())
 
         if unit == "step" and self.n_envs > 1 and self.n_envs > frequency:
             warnings.warn(
@@ -211,6 +228,12 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
                 stacklevel=2,
             )
 
+    def _objective(self) -> Objective:
+        munchausen = self.munchausen_kwargs or {}
+        return Objective(
+            LOSSES[self.loss], self.double_q, MunchausenSettings(**munchausen) if self.munchausen else None
+        )
+
     def _make_epsilon_schedule(self) -> None:
         self._epsilon_made_of = self.exploration_schedule
         self._epsilon_schedule = make_epsilon_schedule(
@@ -219,6 +242,7 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
             self.exploration_final_eps,
             self.exploration_fraction,
             self.exploration_decay,
+            self.exploration_steps,
         )
 
     def _make_replay_buffer(self) -> ReplayBuffer:
@@ -297,7 +321,9 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
         checks.check_duration(total_timesteps)
         if reset_num_timesteps:
             self._episodes_finished = 0
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        prepared = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._find_masks()  # of environments that are reset by now
+        return prepared
 
     def _store_transition(
         self,
@@ -314,6 +340,7 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
 
     def _on_step(self) -> None:
         self._n_calls += 1
+        self._env_steps += self.n_envs
         # Callbacks may have changed the interval, and below the schedule
         interval = self.target_update_interval
         if sync_is_due(interval, self.n_envs, self._n_calls, self._episodes_finished, self._episodes_ended_now):
@@ -321,7 +348,9 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         if self._epsilon_made_of is not self.exploration_schedule:
             self._make_epsilon_schedule()
-        self.exploration_rate = self._epsilon_schedule(self._current_progress_remaining, self._episodes_finished)
+        self.exploration_rate = self._epsilon_schedule(
+            self._current_progress_remaining, self._episodes_finished, self._env_steps
+        )
         self.logger.record("rollout/exploration_rate", self.exploration_rate)
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
@@ -331,65 +360,25 @@ class ScratchDQN(CheckedOffPolicyAlgorithm):
         :param batch_size: transitions in each
         """
         assert self.replay_buffer is not None
-        if self._engine.policy is not self.policy:  # somebody replaced it
-            self._engine = choose_engine(self.engine, self.policy, LOSSES[self.loss])
+        objective = self._objective()
+        if self._engine.policy is not self.policy or self._engine.objective != objective:  # somebody changed them
+            self._engine = choose_engine(self.engine, self.policy, objective)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        draw = partial(batch_source(self.replay_buffer, self._vec_normalize_env, self.gamma), batch_size)
-        losses = self._engine.train(draw, gradient_steps, self.max_grad_norm)
+        if isinstance(self.replay_buffer, ScratchReplayBuffer):
+            self.replay_buffer.sampler.progressed(self._current_progress_remaining)
+        source = batch_source(self.replay_buffer, batch_size, self._vec_normalize_env, self.gamma)
+        losses = self._engine.train(source, gradient_steps, self.max_grad_norm)
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/loss", np.mean(losses))
 
-    # Acting
-
-    def predict(
-        self,
-        observation: Observation,
-        state: tuple[Array, ...] | None = None,
-        episode_start: Array | None = None,
-        deterministic: bool = False,
-    ) -> tuple[Array, tuple[Array, ...] | None]:
-        """Choose actions: the greedy ones, or random ones with probability ``exploration_rate``.
-
-        :param observation: one observation, or a batch of them
-        :param state: passed through; DQN has no memory
-        :param episode_start: not used
-        :param deterministic: always the greedy action
-        :return: an action for each observation, and ``state``
-        """
-        if deterministic or isinstance(observation, tuple):  # a tuple is a mistake that the policy explains
-            return self.policy.predict(observation, state, episode_start, deterministic)
-        if not isinstance(observation, dict):
-            observation = np.asarray(observation)
-        n_observations = self._count(observation)
-        if n_observations is None:
-            if np.random.rand() < self.exploration_rate:
-                return np.array(self.action_space.sample()), state
-            return self.policy.predict(observation, state, episode_start)
-
-        def greedy_actions() -> Actions:
-            return self.policy.predict(observation, state, episode_start)[0]
-
-        return epsilon_greedy(self.exploration_rate, n_observations, self.action_space.sample, greedy_actions), state
-
-    def _count(self, observation: Observation) -> int | None:
-        """The number of observations in a batch of them; ``None`` for a single one."""
-        if isinstance(observation, dict):
-            first = next(iter(observation.values()))
-        elif observation.ndim > 0 and observation.shape[1:] == self.observation_space.shape:
-            return len(observation)  # the common case, sparing the policy's thorough look
-        else:
-            first = observation
-        return len(first) if self.policy.is_vectorized_observation(observation) else None
-
-    def q_values(self, observation: Observation) -> Array:
-        """The value of each action.
-
-        :param observation: one observation, or ``B`` of them
-        :return: ``(B, A)``, with ``B = 1`` for one observation
-        """
-        return self.policy.q_values(observation)
+    def dump_logs(self) -> None:
+        """Write what was logged, and with it how the last update looked."""
+        if self._engine.last_update is not None:
+            for name, value in self._engine.last_update.figures().items():
+                self.logger.record(name, value)
+        super().dump_logs()
 
     # Files and SB3's DQN
 

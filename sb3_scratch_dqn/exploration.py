@@ -1,7 +1,8 @@
 """How often to act at random, and acting so.
 
 Schedules are asked once an environment step. ``progress_remaining`` goes from 1 to 0 over the steps that ``learn()``
-was given; ``episodes`` counts the finished ones.
+was given; ``episodes`` counts the finished ones since it began; ``steps`` counts the environment steps of the model's
+whole life, over all calls of ``learn()``.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ EXPLORATION_SCHEDULES = ("linear", "exponential")
 class EpsilonSchedule(Protocol):
     """The probability of a random action."""
 
-    def __call__(self, progress_remaining: float, episodes: int) -> float:
+    def __call__(self, progress_remaining: float, episodes: int, steps: int) -> float:
         """Epsilon, in [0, 1]."""
 
 
@@ -31,9 +32,22 @@ class ProgressEpsilon:
 
     schedule: Schedule
 
-    def __call__(self, progress_remaining: float, episodes: int) -> float:
+    def __call__(self, progress_remaining: float, episodes: int, steps: int) -> float:
         """Epsilon at this progress."""
         return self.schedule(progress_remaining)
+
+
+@dataclass
+class StepsEpsilon:
+    """Epsilon in a line from ``initial`` to ``final`` over ``duration`` environment steps, however learning is cut."""
+
+    initial: float
+    final: float
+    duration: int
+
+    def __call__(self, progress_remaining: float, episodes: int, steps: int) -> float:
+        """Epsilon after this many steps."""
+        return self.initial + min(steps / self.duration, 1.0) * (self.final - self.initial)
 
 
 @dataclass
@@ -44,13 +58,13 @@ class ExponentialEpsilon:
     final: float
     decay: float
 
-    def __call__(self, progress_remaining: float, episodes: int) -> float:
+    def __call__(self, progress_remaining: float, episodes: int, steps: int) -> float:
         """Epsilon after this many episodes."""
         return max(self.final, self.initial * self.decay**episodes)
 
 
 def make_epsilon_schedule(
-    schedule: str | Schedule, initial: float, final: float, fraction: float, decay: float
+    schedule: str | Schedule, initial: float, final: float, fraction: float, decay: float, steps: int | None = None
 ) -> EpsilonSchedule:
     """Turn the settings of an algorithm into a schedule.
 
@@ -59,7 +73,10 @@ def make_epsilon_schedule(
     :param final: epsilon at the end
     :param fraction: the part of the training over which a linear schedule falls
     :param decay: the factor per episode of an exponential one
+    :param steps: environment steps over which a linear schedule falls instead, whatever the training's length
     """
+    if schedule == "linear" and steps is not None:
+        return StepsEpsilon(initial, final, steps)
     if schedule == "linear":
         return ProgressEpsilon(LinearSchedule(initial, final, fraction))
     if schedule == "exponential":
@@ -69,7 +86,7 @@ def make_epsilon_schedule(
 
 
 def epsilon_greedy(
-    epsilon: float, n_envs: int, random_action: Callable[[], np.generic], greedy_actions: Callable[[], Actions]
+    epsilon: float, n_envs: int, random_action: Callable[[int], np.generic], greedy_actions: Callable[[], Actions]
 ) -> Actions:
     """Choose an action for each environment, each with a coin of its own.
 
@@ -77,7 +94,7 @@ def epsilon_greedy(
 
     :param epsilon: probability that a coin says "random"
     :param n_envs: number of environments
-    :param random_action: gives one random action
+    :param random_action: gives a random action for the environment of this number
     :param greedy_actions: gives the greedy actions of all environments, ``(n_envs,)``; not asked if nobody wants one
     :return: ``(n_envs,)``
     """
@@ -85,8 +102,8 @@ def epsilon_greedy(
     if not explores.any():
         return greedy_actions()
     if explores.all():
-        return np.array([random_action() for _ in range(n_envs)])
+        return np.array([random_action(env) for env in range(n_envs)])
     actions = greedy_actions()
-    for env in np.flatnonzero(explores):
-        actions[env] = random_action()
+    for env in np.flatnonzero(explores).tolist():
+        actions[env] = random_action(env)
     return actions

@@ -1,5 +1,8 @@
 """The policies: an online network, its target, and the optimiser of the online one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,9 +13,11 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_scratch_dqn.checks import check_net_arch, check_subclass
-from sb3_scratch_dqn.heads import ExpectedHead, ValueHead
-from sb3_scratch_dqn.networks import QNetwork
+from sb3_scratch_dqn.checks import check_flag, check_net_arch, check_not_negative, check_subclass
+from sb3_scratch_dqn.heads import ValueHead, make_head
+from sb3_scratch_dqn.masks import Masks, masked_argmax
+from sb3_scratch_dqn.networks import QNetwork, network_class
+from sb3_scratch_dqn.noisy import NoisyLinear
 
 
 class DQNPolicy(BasePolicy):
@@ -28,6 +33,13 @@ class DQNPolicy(BasePolicy):
     :param normalize_images: divide images by 255
     :param optimizer_class: updates the online network
     :param optimizer_kwargs: its arguments, all but the learning rate
+    :param dueling: split the network into a value and an advantage stream
+    :param noisy: layers behind the features that explore by noise; the noise is there in training and in predictions
+        that are not deterministic, so epsilon can be 0
+    :param noisy_sigma: how much noise there is to begin with
+    :param head: what the network says of an action: ``"expected"``, ``"c51"``, ``"quantile"`` or ``"iqn"``
+    :param head_kwargs: arguments of the head, listed in :mod:`sb3_scratch_dqn.heads`
+    :raises ValueError: for arguments that cannot work
     """
 
     default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
@@ -48,6 +60,11 @@ class DQNPolicy(BasePolicy):
         normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
+        dueling: bool = False,
+        noisy: bool = False,
+        noisy_sigma: float = 0.5,
+        head: str = "expected",
+        head_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if features_extractor_class is None:
             features_extractor_class = self.default_features_extractor_class
@@ -64,9 +81,17 @@ class DQNPolicy(BasePolicy):
             net_arch = [] if features_extractor_class == NatureCNN else [64, 64]
         check_net_arch(net_arch)
         check_subclass("activation_fn", activation_fn, nn.Module)
+        check_flag("dueling", dueling)
+        check_flag("noisy", noisy)
+        check_not_negative("noisy_sigma", noisy_sigma)
         self.net_arch = net_arch
         self.activation_fn = activation_fn
-        self.head: ValueHead = ExpectedHead()
+        self.dueling = dueling
+        self.noisy = noisy
+        self.noisy_sigma = noisy_sigma
+        self.head_name = head
+        self.head_kwargs = head_kwargs
+        self.head: ValueHead = make_head(head, head_kwargs)
         self.net_args: dict[str, Any] = {
             "observation_space": self.observation_space,
             "action_space": self.action_space,
@@ -74,6 +99,8 @@ class DQNPolicy(BasePolicy):
             "head": self.head,
             "activation_fn": activation_fn,
             "normalize_images": normalize_images,
+            "dueling": dueling,
+            "linear": partial(NoisyLinear, sigma=noisy_sigma) if noisy else nn.Linear,
         }
         self._build(lr_schedule)
 
@@ -90,14 +117,50 @@ class DQNPolicy(BasePolicy):
 
     def make_q_net(self) -> QNetwork:
         """Make a network with a features extractor of its own."""
-        return QNetwork(**self._update_features_extractor(self.net_args)).to(self.device)
+        return network_class(self.head)(**self._update_features_extractor(self.net_args)).to(self.device)
+
+    @contextmanager
+    def noise(self) -> Iterator[None]:
+        """A context in which the noisy layers of both networks have fresh noise."""
+        with self.q_net.noise(), self.q_net_target.noise():
+            yield
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         """Greedy actions, ``(B,)``."""
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
-        return self.q_net._predict(observation, deterministic=deterministic)
+        if deterministic:
+            return self.q_net._predict(observation)
+        with self.q_net.noise():
+            return self.q_net._predict(observation)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: Masks | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Choose greedy actions.
+
+        :param observation: one observation, or ``B`` of them
+        :param state: passed through; DQN has no memory
+        :param episode_start: not used
+        :param deterministic: without the noise of noisy layers
+        :param action_masks: true where an action is allowed, ``(A,)`` or ``(B, A)``
+        :return: an action for each observation, and ``state``
+        """
+        if action_masks is None:
+            return super().predict(observation, state, episode_start, deterministic)
+        self.set_training_mode(False)
+        obs, vectorized = self.obs_to_tensor(observation)
+        with th.no_grad(), nullcontext() if deterministic else self.q_net.noise():
+            values = self.q_net(obs)
+        masks = th.as_tensor(action_masks, device=values.device).view(values.shape)
+        actions: np.ndarray = masked_argmax(values, masks).cpu().numpy()
+        return (actions if vectorized else actions.squeeze(axis=0)), state
 
     def q_values(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
         """Action values of one observation or of ``B`` of them.
@@ -128,6 +191,11 @@ class DQNPolicy(BasePolicy):
             "optimizer_kwargs": self.optimizer_kwargs,
             "features_extractor_class": self.features_extractor_class,
             "features_extractor_kwargs": self.features_extractor_kwargs,
+            "dueling": self.dueling,
+            "noisy": self.noisy,
+            "noisy_sigma": self.noisy_sigma,
+            "head": self.head_name,
+            "head_kwargs": self.head_kwargs,
         }
 
 

@@ -7,9 +7,10 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from sb3_scratch_dqn import checks
 from sb3_scratch_dqn.engines import ENGINE_NAMES
 from sb3_scratch_dqn.exploration import EXPLORATION_SCHEDULES
-from sb3_scratch_dqn.heads import LOSSES
+from sb3_scratch_dqn.heads import LOSSES, make_head
 from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
+from sb3_scratch_dqn.td import MunchausenSettings
 
 if TYPE_CHECKING:
     from sb3_scratch_dqn.dqn import ScratchDQN
@@ -58,15 +59,57 @@ def check_settings(model: "ScratchDQN") -> None:
     checks.check_positive("max_grad_norm", model.max_grad_norm)
     checks.check_learning_rate(model.learning_rate)
     checks.check_choice("loss", model.loss, LOSSES)
+    checks.check_flag("double_q", model.double_q)
+    _check_munchausen(model)
+    _check_head(model)
     checks.check_choice("engine", model.engine, ENGINE_NAMES)
     if callable(model.exploration_schedule):
         for progress in (1.0, 0.0):
             checks.check_fraction(f"exploration_schedule({progress})", model.exploration_schedule(progress))
     else:
         checks.check_choice("exploration_schedule", model.exploration_schedule, EXPLORATION_SCHEDULES)
+    if model.exploration_steps is not None:
+        checks.check_count("exploration_steps", model.exploration_steps)
+        if model.exploration_schedule != "linear":
+            raise ValueError(
+                f"exploration_steps={model.exploration_steps!r} is the length of a linear schedule, "
+                f"but exploration_schedule={model.exploration_schedule!r}"
+            )
     unit = checks.parse_frequency("train_freq", model.train_freq)[1]
     if unit == "episode" and model.n_envs > 1:
         raise ValueError(
             f"train_freq={model.train_freq!r} counts episodes, which needs one environment, "
             f"but env has {model.n_envs}: count steps instead"
+        )
+
+
+def _check_munchausen(model: "ScratchDQN") -> None:
+    checks.check_flag("munchausen", model.munchausen)
+    kwargs = {} if model.munchausen_kwargs is None else model.munchausen_kwargs
+    checks.check_arguments("munchausen_kwargs", kwargs, MunchausenSettings)
+    tau, alpha, clip = MunchausenSettings(**kwargs)
+    checks.check_positive("munchausen_kwargs: tau", tau)
+    checks.check_fraction("munchausen_kwargs: alpha", alpha)
+    checks.check_number("munchausen_kwargs: clip", clip)
+    if clip > 0:
+        raise ValueError(f"munchausen_kwargs: clip={clip!r} must be at most 0: logarithms of probabilities are")
+    if model.munchausen and model.n_steps > 1:
+        raise ValueError(
+            f"munchausen=True can not be combined with n_steps={model.n_steps}: "
+            "the bonus and the entropy of the steps in between would be missing from their return"
+        )
+
+
+def _check_head(model: "ScratchDQN") -> None:
+    name, kwargs = model.policy_kwargs.get("head", "expected"), model.policy_kwargs.get("head_kwargs")
+    head = make_head(name, kwargs)
+    if model.munchausen and not head.outputs_are_returns:
+        raise ValueError(
+            f"munchausen=True can not be combined with head={name!r}: it shifts and averages returns, "
+            "and the outputs of this head are no returns but logits of probabilities"
+        )
+    if model.loss not in head.losses_taken:
+        raise ValueError(
+            f"loss={model.loss!r} can not be combined with head={name!r}, "
+            "which learns probabilities by their cross-entropy: leave loss out"
         )

@@ -12,21 +12,46 @@ from sb3_scratch_dqn.exploration import epsilon_greedy, make_epsilon_schedule
 
 def test_a_linear_schedule_falls_over_its_fraction():
     schedule = make_epsilon_schedule("linear", 1.0, 0.1, 0.5, 0.9)
-    assert [schedule(progress, 0) for progress in (1.0, 0.75, 0.25, 0.0)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
+    assert [schedule(progress, 0, 0) for progress in (1.0, 0.75, 0.25, 0.0)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
 
 
 def test_an_exponential_schedule_falls_with_each_episode_and_stops_at_the_final_value():
     schedule = make_epsilon_schedule("exponential", 1.0, 0.01, 0.5, 0.995)
-    assert schedule(1.0, 0) == 1.0
-    assert schedule(0.5, 1) == 0.995
-    assert schedule(0.0, 500) == pytest.approx(0.0816, abs=1e-4)
-    assert schedule(0.0, 918) > 0.01
-    assert schedule(0.0, 919) == 0.01
+    assert schedule(1.0, 0, 0) == 1.0
+    assert schedule(0.5, 1, 0) == 0.995
+    assert schedule(0.0, 500, 0) == pytest.approx(0.0816, abs=1e-4)
+    assert schedule(0.0, 918, 0) > 0.01
+    assert schedule(0.0, 919, 0) == 0.01
 
 
 def test_a_function_of_progress_is_a_schedule():
     schedule = make_epsilon_schedule(lambda progress_remaining: progress_remaining**2, 1.0, 0.1, 0.5, 0.9)
-    assert schedule(0.5, 3) == 0.25
+    assert schedule(0.5, 3, 0) == 0.25
+
+
+def test_a_linear_schedule_in_steps_knows_nothing_of_the_training():
+    schedule = make_epsilon_schedule("linear", 1.0, 0.1, 0.5, 0.9, steps=100)
+    for progress in (1.0, 0.3):
+        assert [schedule(progress, 0, steps) for steps in (0, 50, 100, 1000)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
+
+
+def test_epsilon_in_steps_survives_a_second_training_and_a_file(tmp_path):
+    settings = {"exploration_steps": 200, "exploration_final_eps": 0.2, "seed": 0}
+    model = ScratchDQN("MlpPolicy", make_vec_env(TimeoutEnv, n_envs=2), **settings).learn(100)
+    assert model.exploration_rate == pytest.approx(0.6)
+    model.learn(50)
+    assert model.exploration_rate == pytest.approx(0.4)
+    model.save(tmp_path / "model.zip")
+    model = ScratchDQN.load(tmp_path / "model.zip", env=TimeoutEnv())
+    assert model.learn(25).exploration_rate == pytest.approx(0.3)
+    assert model.learn(1000).exploration_rate == pytest.approx(0.2)
+
+
+def test_the_length_in_steps_belongs_to_the_linear_schedule():
+    with pytest.raises(ValueError, match=r"exploration_steps=10 is the length of a linear schedule, but .*'exponential'"):
+        ScratchDQN("MlpPolicy", TimeoutEnv(), exploration_steps=10, exploration_schedule="exponential")
+    with pytest.raises(ValueError, match="exploration_steps=0 must be a whole number of at least 1"):
+        ScratchDQN("MlpPolicy", TimeoutEnv(), exploration_steps=0)
 
 
 def test_each_environment_has_a_coin_of_its_own():
@@ -34,7 +59,7 @@ def test_each_environment_has_a_coin_of_its_own():
     epsilon, n_envs, rounds = 0.3, 4, 5000
     actions = np.array(
         [
-            epsilon_greedy(epsilon, n_envs, lambda: np.int64(1), lambda: np.zeros(n_envs, dtype=np.int64))
+            epsilon_greedy(epsilon, n_envs, lambda env: np.int64(1), lambda: np.zeros(n_envs, dtype=np.int64))
             for _ in range(rounds)
         ]
     )
@@ -49,7 +74,7 @@ def test_nobody_is_asked_for_greedy_actions_that_nobody_wants():
     def fail():
         raise AssertionError("asked for greedy actions")
 
-    assert epsilon_greedy(1.0, 3, lambda: np.int64(2), fail).tolist() == [2, 2, 2]
+    assert epsilon_greedy(1.0, 3, lambda env: np.int64(2), fail).tolist() == [2, 2, 2]
 
 
 class Record(BaseCallback):

@@ -122,6 +122,7 @@ def test_batches_equal_those_of_a_naive_list(capacity, steps, n_envs, n_steps, n
         assert batch.returns[index].item() == pytest.approx(returned, rel=1e-5, abs=1e-6)
         assert batch.discounts[index].item() == pytest.approx(discount, rel=1e-5)
         assert batch.weights[index] == 1
+        assert (batch.places[0][index], batch.places[1][index]) == (row, env)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_samples_equal_those_of_sb3(reference_class, space, kwargs, n_envs):
             batches = []
             for source in (reference, buffer):
                 np.random.seed(count)
-                batches.append(batch_source(source, None, 0.9)(13)._asdict())
+                batches.append(batch_source(source, 13, None, 0.9).draw()._replace(places=None)._asdict())
             assert_equal(*batches)
 
 

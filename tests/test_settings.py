@@ -52,7 +52,7 @@ def test_settings_given_to_load_count(tmp_path):
     assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == (2, 0.5)
     assert model.train_freq.unit.value == "episode"
     assert model.ep_info_buffer.maxlen == 3
-    assert model._engine.loss(*2 * [model.q_net.q_net[0].bias]).sum() == 0
+    assert model._engine.objective.loss(*2 * [model.q_net.q_net[0].bias]).sum() == 0
 
 
 @pytest.mark.parametrize("loss", ["huber", "mse"])

@@ -1,60 +1,131 @@
-"""The Bellman update against loops, hand-computed values and finite differences."""
+"""The targets and the Bellman update against loops, hand-computed values and finite differences."""
+
+import math
 
 import numpy as np
 import pytest
 import torch as th
 
-from sb3_scratch_dqn.heads import LOSSES, ExpectedHead
+from sb3_scratch_dqn.heads import HEADS, LOSSES, ExpectedHead, make_head
 from sb3_scratch_dqn.replay.batch import Batch
-from sb3_scratch_dqn.td import at_actions, td_losses
+from sb3_scratch_dqn.td import MunchausenSettings, Objective, at_actions, make_target, td_losses
+
+N_ACTIONS = 3
 
 
-def make_batch(size, observation_dim, n_actions, seed, dtype=th.float32):
+class LinearNetwork:
+    """A network that multiplies: the least that serves as online and as target network."""
+
+    def __init__(self, weights, head):
+        self.weights, self.head = weights, head
+
+    def outputs(self, obs):
+        return (obs @ self.weights).view(len(obs), N_ACTIONS, -1)
+
+    target_outputs = outputs
+
+    def values_given(self, obs, target_outputs):
+        return self.head.q_values(target_outputs)
+
+    def __call__(self, obs):
+        return self.head.q_values(self.outputs(obs))
+
+
+def make_batch(size, observation_dim, seed, dtype=th.float32, masks=False):
     generator = th.Generator().manual_seed(seed)
 
     def normal(*shape):
         return th.randn(*shape, generator=generator, dtype=dtype)
 
+    def random_masks():
+        allowed = normal(size, N_ACTIONS) > 0
+        allowed[range(size), th.randint(N_ACTIONS, (size,), generator=generator)] = True
+        return allowed
+
+    action_masks, next_action_masks = (random_masks(), random_masks()) if masks else (None, None)
+    actions = th.randint(N_ACTIONS, (size,), generator=generator)
+    if masks:
+        action_masks[range(size), actions] = True
     return Batch(
         observations=normal(size, observation_dim),
-        actions=th.randint(n_actions, (size,), generator=generator),
+        actions=actions,
         returns=3 * normal(size),
         discounts=th.rand(size, generator=generator, dtype=dtype) * (normal(size) > 0),
         next_observations=normal(size, observation_dim),
         weights=th.ones(size, dtype=dtype),
+        action_masks=action_masks,
+        next_action_masks=next_action_masks,
     )
 
 
-def naive_td_losses(batch, q, q_target, loss):
-    """https://www.nature.com/articles/nature14236, algorithm 1, with a loop over the samples."""
-    losses, errors = [], []
-    for i in range(len(batch.actions)):
-        best_next = max(q_target[i].tolist())
-        target = batch.returns[i].item() + batch.discounts[i].item() * best_next
-        error = q[i, batch.actions[i]].item() - target
-        if loss == "mse":
-            losses.append(error**2)
-        else:
-            losses.append(0.5 * error**2 if abs(error) < 1 else abs(error) - 0.5)
-        errors.append(abs(error))
-    return losses, errors
+def networks(head, seed=0, observation_dim=5, dtype=th.float64):
+    generator = th.Generator().manual_seed(seed)
+    n_outputs = N_ACTIONS * (8 if isinstance(head, HEADS["iqn"]) else head.n_outputs)
+    return [
+        LinearNetwork(th.randn(observation_dim, n_outputs, generator=generator, dtype=dtype), head) for _ in range(2)
+    ]
 
 
+def allowed_actions(masks, sample):
+    return [a for a in range(N_ACTIONS) if masks is None or masks[sample, a]]
+
+
+def naive_target(batch, i, online, target, double_q, munchausen):
+    """The target of one transition of scalar action values, from the papers, with loops."""
+    q_target = target(batch.next_observations)[i].tolist()
+    q_choice = (online if double_q else target)(batch.next_observations)[i].tolist()
+    allowed = allowed_actions(batch.next_action_masks, i)
+    discount, returned = batch.discounts[i].item(), batch.returns[i].item()
+    if munchausen is None:
+        best = max(allowed, key=lambda a: q_choice[a])
+        return returned + discount * q_target[best]
+    tau, alpha, clip = munchausen
+
+    def log_policy(q, actions):
+        total = sum(math.exp((q[a] - max(q)) / tau) for a in actions)
+        return {a: (q[a] - max(q)) / tau - math.log(total) for a in actions}
+
+    log_pi_next = log_policy(q_choice, allowed)
+    soft_value = sum(math.exp(lp) * (q_target[a] - tau * lp) for a, lp in log_pi_next.items())
+    q_here = (online if double_q else target)(batch.observations)[i].tolist()
+    log_pi = log_policy(q_here, allowed_actions(batch.action_masks, i))[batch.actions[i].item()]
+    bonus = alpha * min(max(tau * log_pi, clip), 0)
+    return returned + bonus + discount * soft_value
+
+
+MUNCHAUSEN = MunchausenSettings(tau=0.5, alpha=0.8, clip=-1.5)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("munchausen", [None, MUNCHAUSEN])
+@pytest.mark.parametrize("double_q", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_losses_and_priorities_equal_those_of_a_loop(loss):
-    batch = make_batch(40, 5, 3, seed=0)
-    net, target_net = th.nn.Linear(5, 3), th.nn.Linear(5, 3)
-    losses, priorities = td_losses(
-        batch, lambda x: net(x).unsqueeze(2), lambda x: target_net(x).unsqueeze(2), ExpectedHead(), LOSSES[loss]
-    )
-    expected_losses, expected_errors = naive_td_losses(
-        batch, net(batch.observations), target_net(batch.next_observations), loss
-    )
-    assert min(expected_errors) < 1 < max(expected_errors), "both branches of the Huber loss must occur"
-    np.testing.assert_allclose(losses.detach(), expected_losses, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(priorities, expected_errors, rtol=1e-4, atol=1e-6)
-    assert losses.requires_grad
-    assert not priorities.requires_grad
+def test_losses_and_priorities_equal_those_of_a_loop(loss, double_q, munchausen, masks):
+    head = ExpectedHead()
+    batch = make_batch(40, 5, seed=0, dtype=th.float64, masks=masks)
+    online, target = networks(head)
+    make = make_target(Objective(LOSSES[loss], double_q, munchausen), online, target, head)
+    got = td_losses(batch, online.outputs, make, head, LOSSES[loss])
+    errors = [
+        online(batch.observations)[i, batch.actions[i]].item()
+        - naive_target(batch, i, online, target, double_q, munchausen)
+        for i in range(40)
+    ]
+    absolute = np.abs(errors)
+    assert absolute.min() < 1 < absolute.max(), "both branches of the Huber loss must occur"
+    expected = absolute**2 if loss == "mse" else np.where(absolute < 1, 0.5 * absolute**2, absolute - 0.5)
+    np.testing.assert_allclose(got.losses, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(got.priorities, absolute, rtol=1e-9, atol=1e-12)
+
+
+def test_the_bonus_of_munchausen_is_clipped_in_some_samples_and_not_in_others():
+    # or the comparison above would not see a wrong clip
+    online, target = networks(ExpectedHead())
+    batch = make_batch(40, 5, seed=0, dtype=th.float64)
+    log_policy = (target(batch.observations) / MUNCHAUSEN.tau).log_softmax(1)
+    bonus = MUNCHAUSEN.tau * at_actions(log_policy.unsqueeze(2), batch.actions)
+    assert (bonus < MUNCHAUSEN.clip).any()
+    assert (bonus > MUNCHAUSEN.clip).any()
 
 
 def test_one_transition_by_hand():
@@ -63,47 +134,73 @@ def test_one_transition_by_hand():
         actions=th.tensor([1, 0]),
         returns=th.tensor([1.0, -2.0]),
         discounts=th.tensor([0.5, 0.0]),  # the second transition ends an episode
-        next_observations=th.zeros(2, 1),
+        next_observations=th.ones(2, 1),
         weights=th.ones(2),
     )
-    online = th.tensor([[[0.0], [2.25]], [[1.0], [7.0]]])
-    target = th.tensor([[[3.0], [-4.0]], [[100.0], [200.0]]])
+
+    class Fixed(LinearNetwork):
+        def __init__(self, here, there):
+            self.here, self.there, self.head = th.tensor(here), th.tensor(there), ExpectedHead()
+
+        def outputs(self, obs):
+            return (self.there if obs.any() else self.here).unsqueeze(2)
+
+        target_outputs = outputs
+
+    online = Fixed(here=[[0.0, 2.25], [1.0, 7.0]], there=[[-1.0, 8.0], [0.0, 0.0]])
+    target = Fixed(here=[[0.0, 0.0], [0.0, 0.0]], there=[[3.0, -4.0], [100.0, 200.0]])
+
+    def losses(double_q, loss):
+        make = make_target(Objective(LOSSES[loss], double_q), online, target, ExpectedHead())
+        return td_losses(batch, online.outputs, make, ExpectedHead(), LOSSES[loss])
+
     # 1 + 0.5 * 3 = 2.5 against 2.25; -2 against 1
-    losses, priorities = td_losses(batch, lambda _: online, lambda _: target, ExpectedHead(), LOSSES["mse"])
-    assert losses.tolist() == [0.0625, 9.0]
-    losses, _ = td_losses(batch, lambda _: online, lambda _: target, ExpectedHead(), LOSSES["huber"])
-    assert losses.tolist() == [0.03125, 2.5]
-    assert priorities.tolist() == [0.25, 3.0]
+    assert losses(False, "mse").losses.tolist() == [0.0625, 9.0]
+    assert losses(False, "huber").losses.tolist() == [0.03125, 2.5]
+    assert losses(False, "mse").priorities.tolist() == [0.25, 3.0]
+    # The online network likes action 1 better, which the target network values -4: 1 + 0.5 * -4 = -1
+    assert losses(True, "mse").losses.tolist() == [3.25**2, 9.0]
 
 
+@pytest.mark.parametrize("munchausen", [None, MUNCHAUSEN])
+@pytest.mark.parametrize("double_q", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_equal_finite_differences(loss):
-    batch = make_batch(10, 4, 3, seed=1, dtype=th.float64)
-    target_weights = th.randn(4, 3, dtype=th.float64)
+@pytest.mark.parametrize("name", HEADS)
+def test_gradients_equal_finite_differences(name, loss, double_q, munchausen):
+    head = make_head(name, {"n_quantiles": 5} if name == "quantile" else {"n_atoms": 6} if name == "c51" else None)
+    if loss not in head.losses_taken or (munchausen is not None and not head.outputs_are_returns):
+        pytest.skip("has no meaning")
+    batch = make_batch(6, 4, seed=1, dtype=th.float64)
+    online, target = networks(head, observation_dim=4)
+    make = make_target(Objective(LOSSES[loss], double_q, munchausen), online, target, head)
+    fixed_target = make(batch)
+    fractions = th.rand(6, N_ACTIONS, 4, dtype=th.float64, generator=th.Generator().manual_seed(2))
 
-    def loss_of(weights):
-        losses, _ = td_losses(
-            batch,
-            lambda x: (x @ weights).unsqueeze(2),
-            lambda x: (x @ target_weights).unsqueeze(2),
-            ExpectedHead(),
-            LOSSES[loss],
-        )
-        return losses
+    def losses(weights):
+        def outputs(obs):
+            found = LinearNetwork(weights, head).outputs(obs)
+            return th.cat([found[..., :4], fractions], dim=2) if name == "iqn" else found
 
-    weights = th.randn(4, 3, dtype=th.float64, requires_grad=True)
-    assert th.autograd.gradcheck(loss_of, (weights,))
+        return td_losses(batch, outputs, lambda _: fixed_target, head, LOSSES[loss]).losses
+
+    assert th.autograd.gradcheck(losses, (online.weights.clone().requires_grad_(),))
 
 
-def test_the_target_network_gets_no_gradient():
-    batch = make_batch(10, 4, 3, seed=2)
-    net, target_net = th.nn.Linear(4, 3), th.nn.Linear(4, 3)
-    losses, _ = td_losses(
-        batch, lambda x: net(x).unsqueeze(2), lambda x: target_net(x).unsqueeze(2), ExpectedHead(), LOSSES["huber"]
-    )
-    losses.sum().backward()
-    assert net.weight.grad is not None
-    assert target_net.weight.grad is None
+@pytest.mark.parametrize("munchausen", [None, MUNCHAUSEN])
+@pytest.mark.parametrize("double_q", [False, True])
+def test_targets_and_priorities_get_no_gradient(double_q, munchausen):
+    head = ExpectedHead()
+    batch = make_batch(10, 5, seed=2, dtype=th.float64)
+    online, target = networks(head)
+    online.weights.requires_grad_()
+    target.weights.requires_grad_()
+    make = make_target(Objective(LOSSES["huber"], double_q, munchausen), online, target, head)
+    got = td_losses(batch, online.outputs, make, head, LOSSES["huber"])
+    assert got.losses.requires_grad
+    assert not got.target.requires_grad
+    assert not got.priorities.requires_grad
+    got.losses.sum().backward()
+    assert target.weights.grad is None
 
 
 def test_actions_pick_all_outputs_of_an_action():

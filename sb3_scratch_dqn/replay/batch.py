@@ -5,10 +5,14 @@ A :class:`Batch` is the only thing the loss sees of the replay. Its leading axis
 ``gamma``, nor ``n_steps``, nor ``dones``.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch as th
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
+
+Indices = npt.NDArray[np.integer[Any]]
 
 
 class Batch(NamedTuple):
@@ -20,6 +24,9 @@ class Batch(NamedTuple):
     :param discounts: what the value of ``next_observations`` counts: ``gamma**k * (1 - terminated)``, ``(B,)``
     :param next_observations: what was observed ``k`` steps later, shaped as ``observations``
     :param weights: importance weights of the losses, ``(B,)``; all 1 for uniform sampling
+    :param action_masks: true where an action was allowed in ``observations``, ``(B, A)``; ``None`` if all always are
+    :param next_action_masks: the same for ``next_observations``
+    :param places: rows and environments in replay, each ``(B,)``, for giving priorities back
     """
 
     observations: PyTorchObs
@@ -28,6 +35,9 @@ class Batch(NamedTuple):
     discounts: th.Tensor
     next_observations: PyTorchObs
     weights: th.Tensor
+    action_masks: th.Tensor | None = None
+    next_action_masks: th.Tensor | None = None
+    places: tuple[Indices, Indices] | None = None
 
 
 def batch_from_samples(samples: ReplayBufferSamples | DictReplayBufferSamples, gamma: float) -> Batch:

@@ -1,6 +1,7 @@
 """The replay buffer as SB3 sees it, and as the update does."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,10 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_scratch_dqn.checks import check_flag
 from sb3_scratch_dqn.replay.batch import Batch, batch_from_samples
 from sb3_scratch_dqn.replay.nstep import Floats, Fold, fold_n_steps, fold_one_step
-from sb3_scratch_dqn.replay.samplers import UniformSampler
+from sb3_scratch_dqn.replay.samplers import PrioritizedSampler, Sampler, UniformSampler
 from sb3_scratch_dqn.replay.stores import Array, DenseStore, Observation, Space
 
 
@@ -38,6 +40,11 @@ class ScratchReplayBuffer(ReplayBuffer):
     :param handle_timeout_termination: bootstrap where an episode was cut by a time limit
     :param n_steps: fold up to this many steps into each sampled transition
     :param gamma: discount of one step, used where sampling is not told another one
+    :param prioritized: sample what there is most to learn from more often, as :class:`PrioritizedSampler` says
+    :param alpha: of :class:`PrioritizedSampler`, as are the other three
+    :param beta: at the beginning of training
+    :param beta_final: at its end
+    :param epsilon: added to every priority
     :raises ValueError: if ``optimize_memory_usage`` and ``handle_timeout_termination`` are both set, or observations
         that are kept once have not two rows
     """
@@ -59,6 +66,11 @@ class ScratchReplayBuffer(ReplayBuffer):
         handle_timeout_termination: bool = True,
         n_steps: int = 1,
         gamma: float = 0.99,
+        prioritized: bool = False,
+        alpha: float = 0.6,
+        beta: float = 0.4,
+        beta_final: float = 1.0,
+        epsilon: float = 1e-6,
     ) -> None:
         # ReplayBuffer.__init__ would allocate the whole buffer
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
@@ -77,7 +89,10 @@ class ScratchReplayBuffer(ReplayBuffer):
         self.handle_timeout_termination = handle_timeout_termination
         self.n_steps = n_steps
         self.gamma = gamma
-        self.sampler = UniformSampler()
+        check_flag("prioritized", prioritized)
+        self.sampler: Sampler = UniformSampler()
+        if prioritized:
+            self.sampler = PrioritizedSampler(n_envs, alpha, beta, beta_final, epsilon)
         self.store = DenseStore(
             self.buffer_size,
             n_envs,
@@ -110,11 +125,17 @@ class ScratchReplayBuffer(ReplayBuffer):
         done: Array,
         infos: list[dict[str, Any]],
     ) -> None:
-        """Store one step of every environment; each argument has a leading axis ``n_envs``."""
+        """Store one step of every environment; each argument has a leading axis ``n_envs``.
+
+        Where ``infos`` have ``action_masks`` and ``next_action_masks``, ``(A,)`` each, these are stored too.
+        """
         timeout: Array | float = 0.0
         if self.handle_timeout_termination:
             timeout = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         self.store.write(self.pos, obs, next_obs, action, reward, done, timeout)
+        if "next_action_masks" in infos[0]:
+            self.store.write_masks(self.pos, *(np.array([info[name] for info in infos]) for name in self.store.MASKS))
+        self.sampler.written(self, self.pos)
         self.pos += 1
         if self.pos == self.buffer_size:
             self.full = True
@@ -137,7 +158,20 @@ class ScratchReplayBuffer(ReplayBuffer):
             discounts=self._tensor((1 - fold.terminated) * fold.discounts),
             next_observations=self._observation_tensor(self.store.read_next_observations(fold.last_rows, envs), env),
             weights=weights,
+            action_masks=self._mask_tensor(self.store.action_masks, rows, envs),
+            next_action_masks=self._mask_tensor(self.store.next_action_masks, fold.last_rows, envs),
+            places=(rows, envs),
         )
+
+    def update_priorities(self, batch: Batch, priorities: th.Tensor) -> None:
+        """Say how much there was to learn from a batch.
+
+        :param batch: as :meth:`sample_batch` gave it
+        :param priorities: ``(B,)``
+        """
+        assert batch.places is not None
+        rows, envs = batch.places
+        self.sampler.update(rows, envs, priorities)
 
     def sample(  # type: ignore[override]  # one class for arrays and dicts, where SB3 has two
         self, batch_size: int, env: VecNormalize | None = None
@@ -178,6 +212,9 @@ class ScratchReplayBuffer(ReplayBuffer):
         newest_row = (self.pos - 1) % self.buffer_size
         return fold_n_steps(self.store, rows, envs, gamma, normalize_reward, self.n_steps, newest_row)
 
+    def _mask_tensor(self, masks: Array | None, rows: Array, envs: Array) -> th.Tensor | None:
+        return None if masks is None else self._tensor(masks[rows, envs])
+
     def _tensor(self, array: Array) -> th.Tensor:
         # What was gathered from the store is a copy already
         return self.to_torch(array, copy=False)
@@ -197,16 +234,35 @@ class ScratchReplayBuffer(ReplayBuffer):
         return state
 
 
-def batch_source(buffer: ReplayBuffer, env: VecNormalize | None, gamma: float) -> Callable[[int], Batch]:
-    """The function that turns a batch size into a :class:`Batch`, whatever the buffer.
+@dataclass(frozen=True)
+class BatchSource:
+    """Where an engine gets its batches.
+
+    :param draw: gives the next one
+    :param give_back: takes the priorities of the transitions of a batch, ``(B,)``
+    """
+
+    draw: Callable[[], Batch]
+    give_back: Callable[[Batch, th.Tensor], None]
+
+
+def _ignore(batch: Batch, priorities: th.Tensor) -> None:
+    """Where all transitions are sampled alike, nobody asks for priorities."""
+
+
+def batch_source(buffer: ReplayBuffer, batch_size: int, env: VecNormalize | None, gamma: float) -> BatchSource:
+    """Draw from a replay buffer, whatever its kind.
 
     :param buffer: a :class:`ScratchReplayBuffer`, or any replay buffer of SB3's kind
+    :param batch_size: transitions in a batch
     :param env: normalises observations and rewards
     :param gamma: discount of one step
     """
     if isinstance(buffer, ScratchReplayBuffer) and not _samples_its_own_way(buffer):
-        return partial(buffer.sample_batch, env=env, gamma=gamma)
-    return lambda batch_size: batch_from_samples(buffer.sample(batch_size, env=env), gamma)
+        draw = partial(buffer.sample_batch, batch_size, env, gamma)
+        uniform = isinstance(buffer.sampler, UniformSampler)
+        return BatchSource(draw, _ignore if uniform else buffer.update_priorities)
+    return BatchSource(lambda: batch_from_samples(buffer.sample(batch_size, env=env), gamma), _ignore)
 
 
 def _samples_its_own_way(buffer: ScratchReplayBuffer) -> bool:

@@ -3,9 +3,12 @@
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch as th
 
+from sb3_scratch_dqn.checks import check_fraction, check_number, check_positive
 from sb3_scratch_dqn.replay.stores import Array
+from sb3_scratch_dqn.replay.sum_tree import SumTree
 
 
 class Ring(Protocol):
@@ -35,6 +38,33 @@ class Draw(NamedTuple):
     weights: th.Tensor
 
 
+class Sampler(Protocol):
+    """Chooses transitions of a ring, and is told what becomes of it."""
+
+    def draw(self, buffer: Ring, batch_size: int) -> Draw:
+        """Choose ``batch_size`` transitions.
+
+        :raises ValueError: if the buffer is empty
+        """
+
+    def draw_envs(self, buffer: Ring, batch_size: int) -> Array:
+        """Choose an environment for each of ``batch_size`` transitions whose rows somebody else chose."""
+
+    def written(self, buffer: Ring, row: int) -> None:
+        """A step of every environment was written into this row."""
+
+    def update(self, rows: Array, envs: Array, priorities: th.Tensor) -> None:
+        """The priorities of some transitions are known now, each ``(B,)``."""
+
+    def progressed(self, progress_remaining: float) -> None:
+        """So much of the training is left, from 1 to 0."""
+
+
+def _refuse_empty(buffer: Ring) -> None:
+    if buffer.size() == 0:
+        raise ValueError("the replay buffer is empty: add transitions before sampling from it")
+
+
 class UniformSampler:
     """Every transition is as likely as every other, with replacement.
 
@@ -47,8 +77,7 @@ class UniformSampler:
 
         :raises ValueError: if the buffer is empty
         """
-        if buffer.size() == 0:
-            raise ValueError("the replay buffer is empty: add transitions before sampling from it")
+        _refuse_empty(buffer)
         if buffer.optimize_memory_usage and buffer.full:
             # The observation at `pos` already belongs to the step that will be written there next
             rows = (np.random.randint(1, buffer.buffer_size, size=batch_size) + buffer.pos) % buffer.buffer_size
@@ -56,7 +85,92 @@ class UniformSampler:
             rows = np.random.randint(0, buffer.size(), size=batch_size)
         return Draw(rows, self.draw_envs(buffer, batch_size), th.ones(batch_size, device=buffer.device))
 
-    @staticmethod
-    def draw_envs(buffer: Ring, batch_size: int) -> Array:
+    def draw_envs(self, buffer: Ring, batch_size: int) -> Array:
         """Choose an environment for each of ``batch_size`` transitions."""
         return np.random.randint(0, high=buffer.n_envs, size=(batch_size,))
+
+    def written(self, buffer: Ring, row: int) -> None:
+        """Nothing to remember."""
+
+    def update(self, rows: Array, envs: Array, priorities: th.Tensor) -> None:
+        """Nothing to remember."""
+
+    def progressed(self, progress_remaining: float) -> None:
+        """Nothing changes."""
+
+
+class PrioritizedSampler:
+    r"""Transitions by how much there is to learn from them (Schaul et al. 2016, https://arxiv.org/abs/1511.05952).
+
+    A transition of priority :math:`p` has a probability :math:`P` in proportion to :math:`(p + \epsilon)^\alpha`
+    and the importance weight :math:`(N P)^{-\beta}`, divided by the largest weight of its batch. A batch is stratified:
+    one transition from each of ``B`` equal parts of the total. New transitions get the largest priority seen so far.
+
+    :param n_envs: environments, the columns of the buffer
+    :param alpha: from 0, uniform, to 1, in proportion to the priority
+    :param beta: how much of the bias the weights undo at the beginning of training, from 0 to 1
+    :param beta_final: and at the end
+    :param epsilon: the priority of a transition from which there is nothing to learn
+    """
+
+    def __init__(
+        self, n_envs: int, alpha: float = 0.6, beta: float = 0.4, beta_final: float = 1.0, epsilon: float = 1e-6
+    ) -> None:
+        check_fraction("alpha", alpha)
+        check_fraction("beta", beta)
+        check_fraction("beta_final", beta_final)
+        check_number("epsilon", epsilon)
+        check_positive("epsilon", epsilon)
+        self.n_envs = n_envs
+        self.alpha = alpha
+        self.beta = beta
+        self.beta_final = beta_final
+        self.epsilon = epsilon
+        self.progress_remaining = 1.0
+        self.max_value = 1.0  # of (p + epsilon)**alpha
+        self.tree = SumTree()
+
+    def draw(self, buffer: Ring, batch_size: int) -> Draw:
+        """Choose ``batch_size`` transitions.
+
+        :raises ValueError: if the buffer is empty
+        """
+        _refuse_empty(buffer)
+        parts = (np.arange(batch_size) + np.random.random_sample(batch_size)) / batch_size
+        places = self.tree.find(parts * self.tree.total)
+        values = self.tree.values[places]
+        beta = self.beta_final + self.progress_remaining * (self.beta - self.beta_final)
+        weights = (values.min() / values) ** beta
+        rows, envs = np.divmod(places, self.n_envs)
+        return Draw(rows, envs, th.as_tensor(weights, dtype=th.float32, device=buffer.device))
+
+    def draw_envs(self, buffer: Ring, batch_size: int) -> Array:
+        """Choose an environment for each of ``batch_size`` transitions, all alike."""
+        return np.random.randint(0, high=buffer.n_envs, size=(batch_size,))
+
+    def written(self, buffer: Ring, row: int) -> None:
+        """Give new transitions the largest priority."""
+        self._set_row(row, self.max_value)
+        if buffer.optimize_memory_usage:
+            # The observation in the row that follows was what came next here: its own transition is gone
+            self._set_row((row + 1) % buffer.buffer_size, 0.0)
+
+    def _set_row(self, row: int, value: float) -> None:
+        end = (row + 1) * self.n_envs
+        self.tree.reserve(end)
+        self.tree.set(np.arange(row * self.n_envs, end), value)
+
+    def update(self, rows: Array, envs: Array, priorities: th.Tensor) -> None:
+        """Remember the priorities of some transitions, each ``(B,)``.
+
+        :raises ValueError: if there is one that is no number, as after training diverged
+        """
+        values: npt.NDArray[np.float64] = (priorities.double().cpu().numpy() + self.epsilon) ** self.alpha
+        if not np.isfinite(values).all():
+            raise ValueError("priorities must be finite, but some are not: training diverged; lower learning_rate")
+        self.max_value = max(self.max_value, float(values.max()))
+        self.tree.set(rows * self.n_envs + envs, values)
+
+    def progressed(self, progress_remaining: float) -> None:
+        """Anneal ``beta``."""
+        self.progress_remaining = progress_remaining

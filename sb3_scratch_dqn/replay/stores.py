@@ -50,9 +50,13 @@ class DenseStore:
     :param share_next: keep each observation once: what came next is then read from the row that follows,
         which halves the memory and makes what follows the last step of an episode the first observation
         of the next one
+
+    Masks of allowed actions, ``(rows, n_envs, A)``, are kept from the first that is written on; before that they are
+    ``None``, and cost nothing.
     """
 
     ARRAYS: ClassVar = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+    MASKS: ClassVar = ("action_masks", "next_action_masks")
 
     observations: Observation
     next_observations: Observation
@@ -60,6 +64,8 @@ class DenseStore:
     rewards: npt.NDArray[np.float32]
     dones: npt.NDArray[np.float32]
     timeouts: npt.NDArray[np.float32]
+    action_masks: npt.NDArray[np.bool_] | None = None
+    next_action_masks: npt.NDArray[np.bool_] | None = None
 
     def __init__(
         self,
@@ -118,6 +124,10 @@ class DenseStore:
     def _resize(self, rows: int) -> None:
         for name in self.ARRAYS:
             setattr(self, name, map_observation(lambda array: _resized(array, rows), getattr(self, name)))
+        for name in self.MASKS:
+            masks = getattr(self, name)
+            if masks is not None:
+                setattr(self, name, _resized(masks, rows))
         self.rows = rows
 
     def write(
@@ -142,6 +152,14 @@ class DenseStore:
         self.rewards[row] = reward
         self.dones[row] = done
         self.timeouts[row] = timeout
+
+    def write_masks(self, row: int, masks: Array, next_masks: Array) -> None:
+        """Put what was allowed before and after one step into a row that was written; each is ``(n_envs, A)``."""
+        for name, value in zip(self.MASKS, (masks, next_masks), strict=True):
+            if getattr(self, name) is None:
+                # Whatever came before was not masked
+                setattr(self, name, np.ones((self.rows, *value.shape), dtype=bool))
+            getattr(self, name)[row] = value
 
     @staticmethod
     def _put(target: Observation, row: int, value: Observation) -> None:

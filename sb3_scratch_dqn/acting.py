@@ -1,0 +1,147 @@
+"""How actions are chosen: greedily, or at random with probability epsilon, and only among those that are allowed."""
+
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+
+from sb3_scratch_dqn.checked_algorithm import CheckedOffPolicyAlgorithm
+from sb3_scratch_dqn.exploration import Actions, epsilon_greedy
+from sb3_scratch_dqn.masks import (
+    Masks,
+    check_masks,
+    is_masking_supported,
+    masks_of_next_states,
+    read_masks,
+)
+from sb3_scratch_dqn.policies import DQNPolicy
+from sb3_scratch_dqn.replay import ScratchReplayBuffer
+from sb3_scratch_dqn.replay.stores import Array, Observation
+
+
+class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
+    """The part of ``ScratchDQN`` that acts, and that keeps track of masks.
+
+    An environment without ``action_masks()`` is asked for it once, when training begins.
+    """
+
+    policy: DQNPolicy
+    exploration_rate: float
+    _masks: Masks | None = None  # of the states that the environments are in; None if they have no masks
+
+    def predict(
+        self,
+        observation: Observation,
+        state: tuple[Array, ...] | None = None,
+        episode_start: Array | None = None,
+        deterministic: bool = False,
+        action_masks: Masks | None = None,
+    ) -> tuple[Array, tuple[Array, ...] | None]:
+        """Choose actions: the greedy ones, or random ones with probability ``exploration_rate``.
+
+        :param observation: one observation, or ``B`` of them
+        :param state: passed through; DQN has no memory
+        :param episode_start: not used
+        :param deterministic: always the greedy action, without the noise of noisy layers
+        :param action_masks: true where an action is allowed, ``(A,)`` or ``(B, A)``
+        :return: an action for each observation, and ``state``
+        :raises ValueError: if ``action_masks`` have another shape, or allow nothing
+        """
+        if isinstance(observation, tuple):  # a mistake that the policy explains
+            return self.policy.predict(observation, state, episode_start, deterministic)
+        if not isinstance(observation, dict):
+            observation = np.asarray(observation)
+        masks = None
+        if action_masks is not None:
+            masks = check_masks(action_masks, self._count(observation) or 1, self._n_actions)
+        if deterministic:
+            return self.policy.predict(observation, state, episode_start, True, masks)
+        n_observations = self._count(observation)
+        if n_observations is None:
+            if np.random.rand() < self.exploration_rate:
+                return np.array(self._random_action(0, masks)), state
+            return self.policy.predict(observation, state, episode_start, False, masks)
+
+        def greedy_actions() -> Actions:
+            return self.policy.predict(observation, state, episode_start, False, masks)[0]
+
+        def random_action(env: int) -> np.generic:
+            return self._random_action(env, masks)
+
+        return epsilon_greedy(self.exploration_rate, n_observations, random_action, greedy_actions), state
+
+    def q_values(self, observation: Observation) -> Array:
+        """The value of each action.
+
+        :param observation: one observation, or ``B`` of them
+        :return: ``(B, A)``, with ``B = 1`` for one observation
+        """
+        return self.policy.q_values(observation)
+
+    @property
+    def _n_actions(self) -> int:
+        return int(self.policy.action_space.n)
+
+    def _random_action(self, env: int, masks: Masks | None) -> np.generic:
+        action: np.generic = self.action_space.sample(None if masks is None else masks[env].astype(np.int8))
+        return action
+
+    def _count(self, observation: Observation) -> int | None:
+        """The number of observations in a batch of them; ``None`` for a single one."""
+        if isinstance(observation, dict):
+            first = next(iter(observation.values()))
+        elif observation.ndim > 0 and observation.shape[1:] == self.observation_space.shape:
+            return len(observation)  # the common case, sparing the policy's thorough look
+        else:
+            first = observation
+        return len(first) if self.policy.is_vectorized_observation(observation) else None
+
+    # In training
+
+    def _find_masks(self) -> None:
+        """See whether the environments have masks.
+
+        :raises ValueError: if they have, and the replay buffer has no room for masks
+        """
+        assert self.env is not None
+        self._masks = None
+        if is_masking_supported(self.env):
+            if not isinstance(self.replay_buffer, ScratchReplayBuffer):
+                raise ValueError(
+                    f"replay_buffer_class={type(self.replay_buffer).__name__} keeps no action masks, but env has them: "
+                    "leave replay_buffer_class out, or hide action_masks() of env"
+                )
+            self._masks = read_masks(self.env, self._n_actions)
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[Array, Array]:
+        if self._masks is None:
+            return super()._sample_action(learning_starts, action_noise, n_envs)
+        if self.num_timesteps < learning_starts:
+            actions: Array = np.array([self._random_action(env, self._masks) for env in range(n_envs)])
+        else:
+            assert self._last_obs is not None
+            actions, _ = self.predict(self._last_obs, action_masks=self._masks)
+        return actions, actions
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: Array,
+        new_obs: Observation,
+        reward: Array,
+        dones: Array,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        if self._masks is not None:
+            assert self.env is not None
+            masks_now = read_masks(self.env, self._n_actions)
+            next_masks = masks_of_next_states(masks_now, dones, infos)
+            infos = [
+                {**info, "action_masks": mask, "next_action_masks": next_mask}
+                for info, mask, next_mask in zip(infos, self._masks, next_masks, strict=True)
+            ]
+            self._masks = masks_now
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)

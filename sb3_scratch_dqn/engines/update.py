@@ -1,0 +1,35 @@
+"""What an engine leaves behind of its last update, for people to look at."""
+
+from typing import NamedTuple
+
+import torch as th
+
+from sb3_scratch_dqn.heads import ValueHead
+
+
+class LastUpdate(NamedTuple):
+    """The pieces of the last gradient step. Nothing is computed of them until somebody wants to see it.
+
+    :param head: says what the outputs mean
+    :param outputs: what the online network said of the actions taken, ``(B, K)``
+    :param target: what it should have said, as the head has it
+    :param grad_norm: of the gradient before it was scaled down, a scalar
+    """
+
+    head: ValueHead
+    outputs: th.Tensor
+    target: th.Tensor
+    grad_norm: th.Tensor
+
+    def figures(self) -> dict[str, float]:
+        """Means over the batch, by the names that they are logged under."""
+        means, target_means, spread = self.head.moments(self.outputs, self.target)
+        figures = {
+            "train/q_mean": means.mean().item(),
+            "train/target_mean": target_means.mean().item(),
+            "train/td_error": (target_means - means).abs().mean().item(),
+            "train/grad_norm": self.grad_norm.item(),
+        }
+        if spread is not None:
+            figures["train/q_std"] = spread.mean().item()
+        return figures

@@ -1,0 +1,76 @@
+r"""Noisy networks: layers that explore (Fortunato et al. 2018, https://arxiv.org/abs/1706.10295).
+
+A noisy layer computes :math:`(\mu^w + \sigma^w \odot \varepsilon^w) x + \mu^b + \sigma^b \odot \varepsilon^b`, and
+learns :math:`\mu` and :math:`\sigma`. The noise is factorized: :math:`\varepsilon^w_{ij} = f(\varepsilon_i)
+f(\varepsilon_j)` and :math:`\varepsilon^b_i = f(\varepsilon_i)`, with :math:`f(x) = \text{sgn}(x) \sqrt{|x|}` of
+standard normal numbers, one for each input and one for each output.
+
+There is noise only where somebody asked for it (:func:`noise`); training and evaluation mode do not matter.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+
+
+class NoisyLinear(nn.Module):
+    """A linear layer with factorized noise.
+
+    :param in_features: number of inputs
+    :param out_features: number of outputs
+    :param sigma: the standard deviation of the noise to begin with, times the root of ``in_features``
+    """
+
+    def __init__(self, in_features: int, out_features: int, sigma: float = 0.5) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        bound = 1 / math.sqrt(in_features)
+        self.weight = nn.Parameter(th.empty(out_features, in_features).uniform_(-bound, bound))
+        self.weight_sigma = nn.Parameter(th.full((out_features, in_features), sigma * bound))
+        self.bias = nn.Parameter(th.empty(out_features).uniform_(-bound, bound))
+        self.bias_sigma = nn.Parameter(th.full((out_features,), sigma * bound))
+        self._noise: tuple[th.Tensor, th.Tensor] | None = None
+
+    def draw_noise(self) -> None:
+        """Have other noise from now on."""
+        # One call for both: a call costs more than its numbers
+        scaled = th.randn(self.out_features + self.in_features, device=self.weight.device, dtype=self.weight.dtype)
+        scaled = scaled.sign() * scaled.abs().sqrt()
+        outputs, inputs = scaled[: self.out_features], scaled[self.out_features :]
+        self._noise = outputs.outer(inputs), outputs
+
+    def clear_noise(self) -> None:
+        """Have no noise from now on."""
+        self._noise = None
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        if self._noise is None:
+            return F.linear(x, self.weight, self.bias)
+        weight_noise, bias_noise = self._noise
+        return F.linear(
+            x,
+            th.addcmul(self.weight, self.weight_sigma, weight_noise),
+            th.addcmul(self.bias, self.bias_sigma, bias_noise),
+        )
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+@contextmanager
+def noise(layers: Iterable[NoisyLinear]) -> Iterator[None]:
+    """Fresh noise in some layers, for as long as the context lasts."""
+    try:
+        for layer in layers:
+            layer.draw_noise()
+        yield
+    finally:
+        for layer in layers:
+            layer.clear_noise()
