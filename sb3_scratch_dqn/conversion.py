@@ -20,7 +20,10 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_scratch_dqn.files import policy_module, read_model_settings
+from sb3_scratch_dqn.heads import ExpectedHead
+from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
+from sb3_scratch_dqn.replay.samplers import SAMPLER_SETTINGS, UniformSampler
 from sb3_scratch_dqn.replay.stores import DenseStore
 
 if TYPE_CHECKING:
@@ -48,6 +51,15 @@ _SHARED = {"env", "_vec_normalize_env", "_logger", "device", "learning_rate"}
 
 # The buffers that ScratchReplayBuffer stands for
 _PLAIN_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
+
+# What ScratchDQN has on top, and the values with which it learns as SB3's DQN
+_PLAIN_SETTINGS = {
+    "loss": "huber",
+    "exploration_schedule": "linear",
+    "exploration_steps": None,
+    "double_q": False,
+    "munchausen": False,
+}
 
 # What a conversion takes from the model and its replay, and so cannot be told
 _NOT_SETTABLE = {
@@ -89,6 +101,7 @@ def from_sb3(
         "replay_buffer_class": None if model.replay_buffer_class in _PLAIN_BUFFERS else model.replay_buffer_class,
         "replay_buffer_kwargs": dict(model.replay_buffer_kwargs),
         "_episodes_finished": model._episode_num,
+        "_env_steps": model._n_calls * model.n_envs,
         "stats_window_size": model._stats_window_size,
     }
     if changed["replay_buffer_class"] is None:
@@ -125,11 +138,16 @@ def to_sb3(model: "ScratchDQN") -> "DQN":
             changed["replay_buffer_kwargs"].update(n_steps=buffer.n_steps, gamma=model.gamma)
     elif buffer is not None:
         changed["replay_buffer"] = _copy_foreign_buffer(buffer)
-    lost = []
-    if model.loss != "huber":
-        lost.append(f"loss={model.loss!r}")
-    if model.exploration_schedule != "linear":
-        lost.append(f"exploration_schedule={model.exploration_schedule!r}")
+    _refuse_other_networks(model.policy)
+    lost = [
+        f"{name}={getattr(model, name)!r}"
+        for name, counterpart in _PLAIN_SETTINGS.items()
+        if getattr(model, name) != counterpart
+    ]
+    if isinstance(buffer, ScratchReplayBuffer) and not isinstance(buffer.sampler, UniformSampler):
+        lost.append("prioritized=True")
+    for name in SAMPLER_SETTINGS:
+        changed["replay_buffer_kwargs"].pop(name, None)
     if isinstance(model.target_update_interval, tuple):
         lost.append(f"target_update_interval={model.target_update_interval!r}")
         changed["target_update_interval"] = signature(DQN).parameters["target_update_interval"].default
@@ -143,6 +161,17 @@ def to_sb3(model: "ScratchDQN") -> "DQN":
         # SB3 warns of n_steps with a buffer class, which is the one that it would have chosen
         warnings.filterwarnings("ignore", message="`n_steps=")
         return _set_up(DQN, _counterpart(model.policy_class, pairs), model, changed)
+
+
+def _refuse_other_networks(policy: DQNPolicy) -> None:
+    for name, is_plain in (
+        ("head", isinstance(policy.head, ExpectedHead)),
+        ("dueling", not policy.dueling),
+        ("noisy", not policy.noisy),
+    ):
+        if not is_plain:
+            value = policy.head_name if name == "head" else True
+            raise ValueError(f"policy_kwargs={{{name!r}: {value!r}}} has no counterpart in SB3's DQN")
 
 
 def _check_saved_by_dqn(path: str | pathlib.Path) -> None:

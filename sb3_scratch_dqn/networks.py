@@ -185,7 +185,8 @@ class ImplicitQNetwork(QNetwork):
 
     A fraction :math:`\tau` is embedded as :math:`\phi(\tau) = \text{ReLU}(W \cos(\pi i \tau) + b)`,
     :math:`i = 0, 1, \ldots`, and multiplies what the last hidden layer sees: what comes before it is the paper's
-    :math:`\psi`, the layer and the outputs behind it are its :math:`f`. Parameters as in :class:`QNetwork`.
+    :math:`\psi`, the layer and the outputs behind it are its :math:`f`. A layer that is the only one belongs to
+    :math:`\psi`, unless dueling streams need it. Parameters as in :class:`QNetwork`.
     """
 
     head: ImplicitQuantileHead
@@ -193,7 +194,7 @@ class ImplicitQNetwork(QNetwork):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        encoder = self.net_arch[:-1]
+        encoder = self.net_arch[:-1] if self.dueling or len(self.net_arch) > 1 else self.net_arch
         encoding_dim = [self.features_dim, *encoder][-1]
         self._n_encoder_layers = 2 * len(encoder)  # each with its activation
         self.embedding = nn.Linear(self.head.n_cos, encoding_dim)

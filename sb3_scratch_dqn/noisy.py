@@ -34,30 +34,27 @@ class NoisyLinear(nn.Module):
         self.weight_sigma = nn.Parameter(th.full((out_features, in_features), sigma * bound))
         self.bias = nn.Parameter(th.empty(out_features).uniform_(-bound, bound))
         self.bias_sigma = nn.Parameter(th.full((out_features,), sigma * bound))
-        self._noise: tuple[th.Tensor, th.Tensor] | None = None
+        self._noisy: tuple[th.Tensor, th.Tensor] | None = None  # weight and bias with the noise of now
 
     def draw_noise(self) -> None:
-        """Have other noise from now on."""
+        """Have other noise from now on, the same in every call."""
         # One call for both: a call costs more than its numbers
         scaled = th.randn(self.out_features + self.in_features, device=self.weight.device, dtype=self.weight.dtype)
         scaled = scaled.sign() * scaled.abs().sqrt()
         outputs, inputs = scaled[: self.out_features], scaled[self.out_features :]
-        self._noise = outputs.outer(inputs), outputs
+        self._noisy = (
+            th.addcmul(self.weight, self.weight_sigma, outputs.outer(inputs)),
+            th.addcmul(self.bias, self.bias_sigma, outputs),
+        )
 
     def clear_noise(self) -> None:
         """Have no noise from now on."""
-        self._noise = None
+        self._noisy = None
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        if self._noise is None:
-            return F.linear(x, self.weight, self.bias)
-        weight_noise, bias_noise = self._noise
-        return F.linear(
-            x,
-            th.addcmul(self.weight, self.weight_sigma, weight_noise),
-            th.addcmul(self.bias, self.bias_sigma, bias_noise),
-        )
+        weight, bias = self._noisy or (self.weight, self.bias)
+        return F.linear(x, weight, bias)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""

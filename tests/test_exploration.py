@@ -36,7 +36,7 @@ def test_a_linear_schedule_in_steps_knows_nothing_of_the_training():
 
 
 def test_epsilon_in_steps_survives_a_second_training_and_a_file(tmp_path):
-    settings = {"exploration_steps": 200, "exploration_final_eps": 0.2, "seed": 0}
+    settings = {"train_freq": 1, "exploration_steps": 200, "exploration_final_eps": 0.2, "seed": 0}
     model = ScratchDQN("MlpPolicy", make_vec_env(TimeoutEnv, n_envs=2), **settings).learn(100)
     assert model.exploration_rate == pytest.approx(0.6)
     model.learn(50)
@@ -48,7 +48,7 @@ def test_epsilon_in_steps_survives_a_second_training_and_a_file(tmp_path):
 
 
 def test_the_length_in_steps_belongs_to_the_linear_schedule():
-    with pytest.raises(ValueError, match=r"exploration_steps=10 is the length of a linear schedule, but .*'exponential'"):
+    with pytest.raises(ValueError, match=r"exploration_steps=10 is the length .* but .*'exponential'"):
         ScratchDQN("MlpPolicy", TimeoutEnv(), exploration_steps=10, exploration_schedule="exponential")
     with pytest.raises(ValueError, match="exploration_steps=0 must be a whole number of at least 1"):
         ScratchDQN("MlpPolicy", TimeoutEnv(), exploration_steps=0)

@@ -130,9 +130,7 @@ def test_the_loss_of_implicit_quantiles_equals_the_loop(loss):
     losses, _ = head.losses(th.tensor(np.concatenate([quantiles, fractions], axis=1)), target, LOSSES[loss])
     for i in range(8):
         expected_target = [returns[i] + discounts[i] * z for z in next_quantiles[i]]
-        assert losses[i].item() == pytest.approx(
-            naive_quantile_loss(quantiles[i], fractions[i], expected_target, loss)
-        )
+        assert losses[i].item() == pytest.approx(naive_quantile_loss(quantiles[i], fractions[i], expected_target, loss))
 
 
 def test_fractions_are_the_midpoints_of_the_paper():

@@ -120,7 +120,7 @@ def test_losses_and_priorities_equal_those_of_a_loop(loss, double_q, munchausen,
 
 def test_the_bonus_of_munchausen_is_clipped_in_some_samples_and_not_in_others():
     # or the comparison above would not see a wrong clip
-    online, target = networks(ExpectedHead())
+    _, target = networks(ExpectedHead())
     batch = make_batch(40, 5, seed=0, dtype=th.float64)
     log_policy = (target(batch.observations) / MUNCHAUSEN.tau).log_softmax(1)
     bonus = MUNCHAUSEN.tau * at_actions(log_policy.unsqueeze(2), batch.actions)

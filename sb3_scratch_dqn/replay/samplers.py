@@ -10,6 +10,9 @@ from sb3_scratch_dqn.checks import check_fraction, check_number, check_positive
 from sb3_scratch_dqn.replay.stores import Array
 from sb3_scratch_dqn.replay.sum_tree import SumTree
 
+# Arguments of replay buffers that say how they sample
+SAMPLER_SETTINGS = ("prioritized", "alpha", "beta", "beta_final", "epsilon")
+
 
 class Ring(Protocol):
     """What a sampler needs to know of a buffer; the names are those of SB3's ``ReplayBuffer``."""

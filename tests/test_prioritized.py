@@ -1,0 +1,228 @@
+"""Prioritized replay: the tree of sums against running sums, frequencies against their formula."""
+
+import copy
+import pickle
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from helpers import DictEnv, TimeoutEnv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_scratch_dqn import ScratchDQN, ScratchReplayBuffer
+from sb3_scratch_dqn.replay.samplers import PrioritizedSampler
+from sb3_scratch_dqn.replay.sum_tree import WIDTH, SumTree
+
+VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32)
+ACTIONS = gym.spaces.Discrete(3)
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(
+    size=st.sampled_from([1, 2, WIDTH - 1, WIDTH, WIDTH + 1, 1000, WIDTH**2, WIDTH**2 + 1, 10_000]),
+    seed=st.integers(0, 1000),
+    zeros=st.sampled_from([0.0, 0.5, 0.99]),
+)
+def test_the_tree_finds_what_running_sums_find(size, seed, zeros):
+    rng = np.random.default_rng(seed)
+    # Whole numbers add up without rounding, so that both must agree to the last index
+    values = rng.integers(1, 1000, size) * (rng.uniform(size=size) >= zeros)
+    values[rng.integers(size)] += 1
+    tree = SumTree()
+    for part in np.array_split(rng.permutation(size), 3):
+        tree.reserve(int(part.max(initial=0)) + 1)
+        tree.set(part, values[part].astype(float))
+    assert tree.total == values.sum()
+    sums = rng.integers(0, values.sum(), 200)
+    found = tree.find(sums.astype(float))
+    np.testing.assert_array_equal(found, np.searchsorted(values.cumsum(), sums, side="right"))
+    assert (values[found] > 0).all()
+
+
+def test_the_tree_never_finds_a_value_of_zero_by_rounding():
+    tree = SumTree()
+    tree.reserve(WIDTH**2)
+    rng = np.random.default_rng(0)
+    places = rng.choice(WIDTH**2, 500, replace=False)
+    tree.set(places, rng.uniform(0.1, 1, 500) ** 7)
+    found = tree.find(np.array([0.0, np.nextafter(tree.total, 0), tree.total]))
+    assert set(found) <= set(places)
+    assert found[0] == places.min()
+    assert found[-1] == places.max()
+
+
+def test_of_a_value_set_twice_at_once_the_last_counts():
+    tree = SumTree()
+    tree.set(np.array([3, 3, 5]), np.array([7.0, 2.0, 1.0]))
+    assert tree.total == 3.0
+
+
+def steps(n, n_envs=1, seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        obs, next_obs = rng.uniform(-1, 1, (2, n_envs, 2)).astype(np.float32)
+        yield obs, next_obs, rng.integers(0, 3, n_envs), rng.normal(size=n_envs), rng.uniform(size=n_envs) < 0.1, [
+            {} for _ in range(n_envs)
+        ]  # fmt: skip
+
+
+def filled(n=50, n_envs=1, capacity=50, **kwargs):
+    buffer = ScratchReplayBuffer(
+        capacity * n_envs, VECTOR, ACTIONS, device="cpu", n_envs=n_envs, prioritized=True, **kwargs
+    )
+    for step in steps(n, n_envs):
+        buffer.add(*step)
+    return buffer
+
+
+def places(batch, n_envs):
+    rows, envs = batch.places
+    return rows * n_envs + envs
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_frequencies_follow_the_priorities(alpha, n_envs):
+    buffer = filled(n_envs=n_envs, alpha=alpha)
+    priorities = np.random.default_rng(1).uniform(0.01, 3, 50 * n_envs)
+    rows, envs = np.divmod(np.arange(50 * n_envs), n_envs)
+    buffer.sampler.update(rows, envs, th.tensor(priorities))
+    np.random.seed(0)
+    counts = np.zeros(50 * n_envs)
+    for _ in range(250):
+        # One transition a batch, so that draws are independent; many batches at once by asking the tree itself
+        counts += np.bincount(
+            buffer.sampler.tree.find(np.random.random_sample(4000) * buffer.sampler.tree.total), minlength=len(counts)
+        )[: len(counts)]
+    expected = (priorities + 1e-6) ** alpha
+    assert chisquare(counts, 1_000_000 * expected / expected.sum()).pvalue > 1e-3
+    # and a stratified batch takes each of its parts from the same distribution
+    counts[:] = 0
+    for _ in range(3000):
+        counts += np.bincount(places(buffer.sample_batch(32), n_envs), minlength=len(counts))
+    np.testing.assert_allclose(counts / counts.sum(), expected / expected.sum(), rtol=0.25, atol=2e-4)
+
+
+def test_weights_undo_the_bias():
+    buffer = filled(beta=1.0)
+    priorities = np.random.default_rng(1).uniform(0.01, 3, 50)
+    buffer.sampler.update(np.arange(50), np.zeros(50, dtype=int), th.tensor(priorities))
+    rewards = buffer.rewards[:50, 0]
+    np.random.seed(0)
+    batch = buffer.sample_batch(200_000)
+    biased = batch.returns.mean().item()
+    unbiased = ((batch.weights * batch.returns).sum() / batch.weights.sum()).item()
+    assert abs(biased - rewards.mean()) > 0.02, "there must be a bias to undo"
+    assert unbiased == pytest.approx(rewards.mean(), abs=0.005)
+
+
+def test_weights_are_those_of_the_paper():
+    buffer = filled(alpha=0.7, beta=0.5, beta_final=0.9)
+    priorities = np.random.default_rng(1).uniform(0.01, 3, 50)
+    buffer.sampler.update(np.arange(50), np.zeros(50, dtype=int), th.tensor(priorities))
+    probabilities = (priorities + 1e-6) ** 0.7 / ((priorities + 1e-6) ** 0.7).sum()
+    for progress_remaining, beta in ((1.0, 0.5), (0.5, 0.7), (0.0, 0.9)):
+        buffer.sampler.progressed(progress_remaining)
+        batch = buffer.sample_batch(16)
+        weights = (50 * probabilities[batch.places[0]]) ** -beta
+        np.testing.assert_allclose(batch.weights, weights / weights.max(), rtol=1e-5)
+
+
+def test_new_transitions_have_the_largest_priority_so_far():
+    buffer = filled(n=10, capacity=20, alpha=1.0)
+    np.testing.assert_allclose(buffer.sampler.tree.values[:10], 1.0)
+    buffer.sampler.update(np.array([3]), np.array([0]), th.tensor([5.0]))
+    buffer.sampler.update(np.array([3, 4]), np.array([0, 0]), th.tensor([2.0, 0.5]))
+    buffer.add(*next(steps(1, seed=1)))
+    np.testing.assert_allclose(buffer.sampler.tree.values[[3, 4, 10]], [2.0, 0.5, 5.0], rtol=1e-5)
+
+
+def test_what_is_overwritten_gets_a_new_priority():
+    buffer = filled(n=5, capacity=5)
+    buffer.sampler.update(np.arange(5), np.zeros(5, dtype=int), th.full((5,), 1e-3))
+    buffer.add(*next(steps(1, seed=1)))
+    values = buffer.sampler.tree.values[:5]
+    assert values.argmax() == 0
+    assert values[0] == 1.0
+
+
+def test_observations_kept_once_are_sampled_only_where_what_came_next_is_still_there():
+    buffer = filled(n=27, capacity=10, n_envs=2, optimize_memory_usage=True, handle_timeout_termination=False)
+    assert buffer.pos == 7
+    rows, _ = buffer.sample_batch(5000).places
+    assert set(rows) == set(range(10)) - {7}
+
+
+def test_copies_and_pickles_sample_the_same():
+    buffer = filled(n=300, capacity=1000)
+    buffer.sampler.update(
+        np.arange(300), np.zeros(300, dtype=int), th.rand(300, generator=th.Generator().manual_seed(0))
+    )
+    for restored in (copy.deepcopy(buffer), pickle.loads(pickle.dumps(buffer))):
+        drawn = []
+        for one in (buffer, restored):
+            np.random.seed(0)
+            drawn.append(one.sample_batch(64).places[0])
+        np.testing.assert_array_equal(*drawn)
+        for step in steps(200, seed=2):
+            restored.add(*step)
+        assert restored.sampler.tree.values[:500].all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_priorities_that_are_no_numbers_are_refused(bad):
+    buffer = filled()
+    before = buffer.sampler.tree.values.copy()
+    with pytest.raises(ValueError, match="priorities must be finite"):
+        buffer.sampler.update(np.arange(2), np.zeros(2, dtype=int), th.tensor([1.0, bad]))
+    np.testing.assert_array_equal(buffer.sampler.tree.values, before)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"alpha": 1.5}, "alpha=1.5 must be a number between 0 and 1"),
+        ({"beta": -0.1}, "beta=-0.1 must be a number between 0 and 1"),
+        ({"beta_final": "x"}, "beta_final='x' must be a number between 0 and 1"),
+        ({"epsilon": 0}, "epsilon=0 must be a number above 0"),
+        ({"epsilon": float("inf")}, "epsilon=inf must be a finite number"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ScratchDQN("MlpPolicy", TimeoutEnv(), replay_buffer_kwargs={"prioritized": True, **kwargs})
+
+
+@pytest.mark.parametrize(("policy", "env"), [("MlpPolicy", TimeoutEnv), ("MultiInputPolicy", DictEnv)])
+def test_an_update_gives_its_batch_new_priorities(policy, env):
+    model = ScratchDQN(
+        policy,
+        make_vec_env(env, n_envs=2, seed=0),
+        replay_buffer_kwargs={"prioritized": True},
+        n_steps=3,
+        learning_starts=10,
+        seed=0,
+    ).learn(60)
+    sampler = model.replay_buffer.sampler
+    assert isinstance(sampler, PrioritizedSampler)
+    values = sampler.tree.values[:60]
+    assert len(set(values)) > 10
+    assert sampler.progress_remaining < 0.2
+
+
+def test_updates_are_weighted():
+    def parameters(beta):
+        model = ScratchDQN(
+            "MlpPolicy",
+            TimeoutEnv(),
+            replay_buffer_kwargs={"prioritized": True, "beta": beta, "beta_final": beta},
+            learning_starts=10,
+            seed=0,
+        ).learn(40)
+        return model.q_net.q_net[0].weight
+
+    assert not th.equal(parameters(0.0), parameters(1.0))
