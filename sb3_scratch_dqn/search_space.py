@@ -9,7 +9,8 @@ A search draws from the default space below, or from one that a settings file de
       batch_size: [32, 64, 128]                               # one of these
 
 A range is of whole numbers where both of its ends are. The names are those of ``ScratchDQN``'s arguments, or of
-``DERIVED`` for settings that are searched in another form than they are set in.
+``DERIVED`` for settings that are searched in another form than they are set in. Where one switch has no meaning beside
+another that was drawn, it is left off.
 """
 
 import math
@@ -33,6 +34,14 @@ DEFAULT_SPACE: dict[str, Any] = {
     "exploration_fraction": {"low": 0.02, "high": 0.5},
     "exploration_final_eps": {"low": 0.01, "high": 0.2},
     "net_arch": list(NET_ARCHS),
+    "head": ["expected", "c51", "quantile", "iqn"],
+    "value_range": [10.0, 100.0, 500.0],
+    "double_q": [False, True],
+    "dueling": [False, True],
+    "noisy": [False, True],
+    "munchausen": [False, True],
+    "n_steps": [1, 3, 5],
+    "prioritized": [False, True],
 }
 
 # With HerReplayBuffer also
@@ -41,15 +50,33 @@ HER_SPACE: dict[str, Any] = {
     "goal_selection_strategy": ["final", "episode", "future"],
 }
 
+# That buffer does not know these
+_NOT_WITH_HER = ("prioritized", "n_steps")
+
+# Fewer fractions than the papers have: a search is long enough
+_HEAD_KWARGS: dict[str, dict[str, Any]] = {
+    "expected": {},
+    "c51": {},
+    "quantile": {"n_quantiles": 32},
+    "iqn": {"n_tau": 8, "n_tau_prime": 8, "n_tau_act": 16},
+}
+
 # Searched value -> settings
 DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "one_minus_gamma": lambda value: {"gamma": 1 - value},
     "batch_size_pow": lambda value: {"batch_size": 2**value},
     "net_arch": lambda value: {"policy_kwargs": {"net_arch": NET_ARCHS[value] if isinstance(value, str) else value}},
+    "head": lambda value: {"policy_kwargs": {"head": value, "head_kwargs": dict(_HEAD_KWARGS.get(value, {}))}},
+    "dueling": lambda value: {"policy_kwargs": {"dueling": value}},
+    "noisy": lambda value: {"policy_kwargs": {"noisy": value}},
+    "prioritized": lambda value: {"replay_buffer_kwargs": {"prioritized": value}},
 }
 
+# Searched in proportion to, or for the sake of, another one
+_DEPENDENT = {"subsample_steps": "train_freq", "value_range": "head"}
+
 # Names in a space that are not those of settings
-_OTHER_NAMES = (*DERIVED, "subsample_steps", *HER_SPACE)
+_OTHER_NAMES = (*DERIVED, *_DEPENDENT, *HER_SPACE)
 
 
 def check_space(space: Any, settings: Collection[str]) -> None:
@@ -77,8 +104,9 @@ def check_space(space: Any, settings: Collection[str]) -> None:
             raise ValueError(
                 f"search_space: net_arch={value!r} is unknown: choose from {', '.join(NET_ARCHS)}, or a list"
             )
-    if "subsample_steps" in space and "train_freq" not in space:
-        raise ValueError("search_space: subsample_steps is searched in proportion to train_freq, so search that too")
+    for name, other in _DEPENDENT.items():
+        if name in space and other not in space:
+            raise ValueError(f"search_space: {name} belongs to {other}, so search that too")
 
 
 def _is_choice(choices: Any) -> bool:
@@ -122,6 +150,8 @@ def sample_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_a
     space = dict(trial.user_attrs.get("search_space", DEFAULT_SPACE))
     if additional_args["using_her_replay_buffer"]:
         space = {**space, **HER_SPACE}
+        for name in _NOT_WITH_HER:
+            space.pop(name, None)
     settings = convert_params(suggest(trial, space))
     for name in ("gamma", "batch_size"):
         if name in settings and name not in trial.params:
@@ -136,12 +166,17 @@ def convert_params(params: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, value in params.items():
         if name in DERIVED:
-            settings.update(DERIVED[name](value))
+            for setting, derived in DERIVED[name](value).items():
+                settings[setting] = {**settings.get(setting, {}), **derived} if isinstance(derived, dict) else derived
         elif name in HER_SPACE:
             settings.setdefault("replay_buffer_kwargs", {})[name] = value
-        elif name != "subsample_steps":
+        elif name not in _DEPENDENT:
             settings[name] = value
     if "subsample_steps" in params:
         # One gradient step for this many environment steps
         settings["gradient_steps"] = max(params["train_freq"] // params["subsample_steps"], 1)
+    if params.get("head") == "c51" and "value_range" in params:
+        settings["policy_kwargs"]["head_kwargs"].update(v_min=-params["value_range"], v_max=params["value_range"])
+    if settings.get("munchausen") and (params.get("head") == "c51" or settings.get("n_steps", 1) > 1):
+        settings["munchausen"] = False
     return settings

@@ -64,6 +64,28 @@ def test_derived_settings_by_hand():
     assert convert_params({"train_freq": 2, "subsample_steps": 8})["gradient_steps"] == 1
 
 
+def test_switches_are_searched_and_those_without_meaning_left_off():
+    settings = convert_params(
+        {"head": "c51", "value_range": 100.0, "dueling": True, "noisy": False, "munchausen": True, "prioritized": True}
+    )
+    assert settings == {
+        "policy_kwargs": {
+            "head": "c51",
+            "head_kwargs": {"v_min": -100.0, "v_max": 100.0},
+            "dueling": True,
+            "noisy": False,
+        },
+        "munchausen": False,
+        "replay_buffer_kwargs": {"prioritized": True},
+    }
+    assert convert_params({"munchausen": True, "n_steps": 3}) == {"munchausen": False, "n_steps": 3}
+    assert convert_params({"munchausen": True, "n_steps": 1}) == {"munchausen": True, "n_steps": 1}
+    seen = [settings for _, settings in trials(60)]
+    assert {settings["policy_kwargs"]["head"] for settings in seen} == {"expected", "c51", "quantile", "iqn"}
+    for switch in ("double_q", "munchausen"):
+        assert {settings[switch] for settings in seen} == {False, True}
+
+
 def test_a_declared_space_takes_the_place_of_the_default_one():
     space = {"gamma": {"low": 0.9, "high": 0.999}, "batch_size": [32, 64], "n_steps": {"low": 1, "high": 3}}
     seen = [settings for _, settings in trials(40, space)]
@@ -78,6 +100,7 @@ def test_hindsight_is_searched_with_its_buffer():
     for trial, settings in trials(5, additional_args=additional_args):
         kwargs = settings["replay_buffer_kwargs"]
         assert kwargs.keys() == {"copy_info_dict", "n_sampled_goal", "goal_selection_strategy"}
+        assert "n_steps" not in settings
         assert convert_params(trial.params)["replay_buffer_kwargs"].keys() == {
             "n_sampled_goal",
             "goal_selection_strategy",
@@ -115,7 +138,7 @@ def test_a_space_of_something_else_is_named():
         check_space({"net_arch": ["small", "tiny"]}, SETTINGS)
     with pytest.raises(ValueError, match="search_space=3 must map names"):
         check_space(3, SETTINGS)
-    with pytest.raises(ValueError, match="subsample_steps is searched in proportion to train_freq"):
+    with pytest.raises(ValueError, match="subsample_steps belongs to train_freq, so search that too"):
         check_space({"subsample_steps": [1, 2]}, SETTINGS)
 
 
