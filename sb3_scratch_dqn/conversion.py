@@ -21,7 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_scratch_dqn.files import policy_module, read_model_settings
 from sb3_scratch_dqn.heads import ExpectedHead
-from sb3_scratch_dqn.policies import DQNPolicy
+from sb3_scratch_dqn.policies import NETWORK_SETTINGS, DQNPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.samplers import SAMPLER_SETTINGS, UniformSampler
 from sb3_scratch_dqn.replay.stores import DenseStore
@@ -139,6 +139,9 @@ def to_sb3(model: "ScratchDQN") -> "DQN":
     elif buffer is not None:
         changed["replay_buffer"] = _copy_foreign_buffer(buffer)
     _refuse_other_networks(model.policy)
+    changed["policy_kwargs"] = {
+        name: deepcopy(value) for name, value in model.policy_kwargs.items() if name not in NETWORK_SETTINGS
+    }
     lost = [
         f"{name}={getattr(model, name)!r}"
         for name, counterpart in _PLAIN_SETTINGS.items()
@@ -212,7 +215,7 @@ def _set_up(
         if name in vars(model):
             value = getattr(model, name)
             setattr(converted, name, value if name in _SHARED else deepcopy(value))
-    vars(converted).update(changed, policy_kwargs=deepcopy(model.policy_kwargs))
+    vars(converted).update({"policy_kwargs": deepcopy(model.policy_kwargs), **changed})
     # A seed would seed every generator again
     seed, converted.seed = converted.seed, None
     with th.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):

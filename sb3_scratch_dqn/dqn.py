@@ -386,12 +386,22 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
         """Load a saved replay buffer; see :class:`CheckedOffPolicyAlgorithm`."""
         super().load_replay_buffer(path, truncate_last_traj)
         if isinstance(self.replay_buffer, ScratchReplayBuffer):
-            # How steps are folded is a setting of the model, not part of what was stored
+            # How steps are folded and sampled are settings of the model, not part of what was stored
             self.replay_buffer.n_steps = self.n_steps
+            fresh = self._make_replay_buffer()
+            if isinstance(fresh, ScratchReplayBuffer):
+                self.replay_buffer.use_sampler(fresh.sampler)
 
     def _excluded_save_params(self) -> list[str]:
         made_by_setup = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target"]
-        return [*super()._excluded_save_params(), *made_by_setup, "_epsilon_schedule", "_epsilon_made_of", "_engine"]
+        return [
+            *super()._excluded_save_params(),
+            *made_by_setup,
+            "_epsilon_schedule",
+            "_epsilon_made_of",
+            "_engine",
+            "_masks",
+        ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

@@ -19,6 +19,9 @@ from sb3_scratch_dqn.masks import Masks, masked_argmax
 from sb3_scratch_dqn.networks import QNetwork, network_class
 from sb3_scratch_dqn.noisy import NoisyLinear
 
+# Arguments that SB3's policies do not have
+NETWORK_SETTINGS = ("dueling", "noisy", "noisy_sigma", "head", "head_kwargs")
+
 
 class DQNPolicy(BasePolicy):
     """Acts greedily on an online network, and holds the target network beside it.

@@ -165,6 +165,14 @@ def test_the_conversion_says_what_sb3_cannot_go_on_with(switch):
         converted.learn(40, reset_num_timesteps=False)
 
 
+def test_networks_that_are_plain_by_name_convert():
+    plain = {"dueling": False, "noisy": False, "head": "expected", "head_kwargs": {}, "net_arch": [8]}
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs=plain, replay_buffer_kwargs={"prioritized": False})
+    converted = model.learn(40).to_sb3()
+    assert converted.policy_kwargs == {"net_arch": [8]}
+    converted.learn(40)
+
+
 def test_what_is_switched_in_a_live_model_counts():
     def train(switch):
         model = make([])

@@ -214,6 +214,35 @@ def test_an_update_gives_its_batch_new_priorities(policy, env):
     assert sampler.progress_remaining < 0.2
 
 
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("n", [30, 75])
+def test_the_way_of_sampling_is_a_setting_of_the_model_and_not_of_a_saved_buffer(tmp_path, n, share):
+    def make(prioritized):
+        return ScratchDQN(
+            "MlpPolicy",
+            TimeoutEnv(),
+            buffer_size=50,
+            optimize_memory_usage=share,
+            replay_buffer_kwargs={"prioritized": prioritized, "handle_timeout_termination": not share},
+            learning_starts=20,
+            seed=0,
+        )
+
+    uniform, prioritized = make(False).learn(n), make(True).learn(n)
+    expected = prioritized.replay_buffer.sampler.tree.values[:50]
+    for model in (uniform, prioritized):
+        model.save_replay_buffer(tmp_path / "replay.pkl")
+        loaded = make(True)
+        loaded.load_replay_buffer(tmp_path / "replay.pkl")
+        values = loaded.replay_buffer.sampler.tree.values[:50]
+        # Those of a uniform buffer have the priority of new ones, and none what has none in a prioritized one
+        np.testing.assert_array_equal(values, expected if model is prioritized else (expected > 0).astype(float))
+        loaded.learn(30, reset_num_timesteps=False)
+        loaded = make(False)
+        loaded.load_replay_buffer(tmp_path / "replay.pkl")
+        assert not hasattr(loaded.replay_buffer.sampler, "tree")
+
+
 def test_updates_are_weighted():
     def parameters(beta):
         model = ScratchDQN(

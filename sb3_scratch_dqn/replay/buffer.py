@@ -102,6 +102,11 @@ class ScratchReplayBuffer(ReplayBuffer):
             share_next=optimize_memory_usage,
         )
 
+    def use_sampler(self, sampler: Sampler) -> None:
+        """Sample in another way from now on; priorities, if there were any, are kept."""
+        sampler.succeed(self.sampler, self)
+        self.sampler = sampler
+
     @property  # type: ignore[override]  # SB3 declares arrays alone, and has another class for dicts of them
     def next_observations(self) -> Observation:
         """What came next, ``(rows, n_envs, ...)``.

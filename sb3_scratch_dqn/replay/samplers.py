@@ -62,6 +62,9 @@ class Sampler(Protocol):
     def progressed(self, progress_remaining: float) -> None:
         """So much of the training is left, from 1 to 0."""
 
+    def succeed(self, other: "Sampler", buffer: Ring) -> None:
+        """Take the place of another sampler of this buffer, and learn what it knew."""
+
 
 def _refuse_empty(buffer: Ring) -> None:
     if buffer.size() == 0:
@@ -100,6 +103,9 @@ class UniformSampler:
 
     def progressed(self, progress_remaining: float) -> None:
         """Nothing changes."""
+
+    def succeed(self, other: Sampler, buffer: Ring) -> None:
+        """Nothing to learn."""
 
 
 class PrioritizedSampler:
@@ -177,3 +183,12 @@ class PrioritizedSampler:
     def progressed(self, progress_remaining: float) -> None:
         """Anneal ``beta``."""
         self.progress_remaining = progress_remaining
+
+    def succeed(self, other: Sampler, buffer: Ring) -> None:
+        """Take over the priorities; where there were none, all transitions are new."""
+        if isinstance(other, PrioritizedSampler):
+            self.tree, self.max_value = other.tree, other.max_value
+            return
+        oldest = buffer.pos if buffer.full else 0
+        for age in range(buffer.size()):
+            self.written(buffer, (oldest + age) % buffer.buffer_size)
