@@ -16,24 +16,13 @@ from sb3_scratch_dqn import ScratchDQN
 from sb3_scratch_dqn.masks import MaskInInfo, masks_of_next_states
 
 
-class MaskedEnv(TimeoutEnv):
-    """Allows one or two of three actions, at random, and fails if another is taken. The observation tells which."""
+class RandomMasks:
+    """Allows one or two of three actions, at random, and fails if another is taken."""
 
-    def action_masks(self):
-        return self.mask
-
-    def step(self, action):
-        assert self.mask[action], f"action {action} is not allowed by {self.mask}"
-        return super().step(action)
-
-    def _observe(self):
+    def draw_mask(self):
         self.mask = self.np_random.permutation([True, False, bool(self.np_random.integers(2))])
         return self.mask.astype(np.float32)
 
-
-class MaskedDictEnv(DictEnv):
-    """The same with Dict observations."""
-
     def action_masks(self):
         return self.mask
 
@@ -41,9 +30,19 @@ class MaskedDictEnv(DictEnv):
         assert self.mask[action], f"action {action} is not allowed by {self.mask}"
         return super().step(action)
 
+
+class MaskedEnv(RandomMasks, TimeoutEnv):
+    """The observation is the mask."""
+
     def _observe(self):
-        self.mask = self.np_random.permutation([True, False, bool(self.np_random.integers(2))])
-        return {**super()._observe(), "vector": self.mask.astype(np.float32)}
+        return self.draw_mask()
+
+
+class MaskedDictEnv(RandomMasks, DictEnv):
+    """A part of the observation is the mask."""
+
+    def _observe(self):
+        return {**super()._observe(), "vector": self.draw_mask()}
 
 
 SETTINGS = {"learning_starts": 40, "train_freq": 1, "exploration_final_eps": 0.5, "seed": 0}
