@@ -11,12 +11,11 @@ from sb3_scratch_dqn.exploration import Actions, epsilon_greedy
 from sb3_scratch_dqn.masks import (
     Masks,
     check_masks,
-    is_masking_supported,
+    has_masks,
     masks_of_next_states,
     read_masks,
 )
 from sb3_scratch_dqn.policies import DQNPolicy
-from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.stores import Array, Observation
 
 
@@ -55,16 +54,18 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         masks = None
         if action_masks is not None:
             masks = check_masks(action_masks, self._count(observation) or 1, self._n_actions)
+        # Policies of users may not know of masks
+        told = {} if masks is None else {"action_masks": masks}
         if deterministic:
-            return self.policy.predict(observation, state, episode_start, True, masks)
+            return self.policy.predict(observation, state, episode_start, True, **told)
         n_observations = self._count(observation)
         if n_observations is None:
             if np.random.rand() < self.exploration_rate:
                 return np.array(self._random_action(0, masks)), state
-            return self.policy.predict(observation, state, episode_start, False, masks)
+            return self.policy.predict(observation, state, episode_start, False, **told)
 
         def greedy_actions() -> Actions:
-            return self.policy.predict(observation, state, episode_start, False, masks)[0]
+            return self.policy.predict(observation, state, episode_start, False, **told)[0]
 
         def random_action(env: int) -> np.generic:
             return self._random_action(env, masks)
@@ -102,17 +103,10 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
     def _find_masks(self) -> None:
         """See whether the environments have masks.
 
-        :raises ValueError: if they have, and the replay buffer has no room for masks
+        :raises ValueError: if they answer something else than masks
         """
         assert self.env is not None
-        self._masks = None
-        if is_masking_supported(self.env):
-            if not isinstance(self.replay_buffer, ScratchReplayBuffer):
-                raise ValueError(
-                    f"replay_buffer_class={type(self.replay_buffer).__name__} keeps no action masks, but env has them: "
-                    "leave replay_buffer_class out, or hide action_masks() of env"
-                )
-            self._masks = read_masks(self.env, self._n_actions)
+        self._masks = read_masks(self.env, self._n_actions) if has_masks(self.env) else None
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1

@@ -50,7 +50,7 @@ _MADE_LATER = {"observation_space", "action_space", "n_envs", "_logger"}
 _SHARED = {"env", "_vec_normalize_env", "_logger", "device", "learning_rate"}
 
 # The buffers that ScratchReplayBuffer stands for
-_PLAIN_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
+PLAIN_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 
 # What ScratchDQN has on top, and the values with which it learns as SB3's DQN
 _PLAIN_SETTINGS = {
@@ -98,7 +98,7 @@ def from_sb3(
         raise ValueError(f"model={model!r} must be a DQN of Stable-Baselines3, or the path of one")
 
     changed: dict[str, Any] = {
-        "replay_buffer_class": None if model.replay_buffer_class in _PLAIN_BUFFERS else model.replay_buffer_class,
+        "replay_buffer_class": None if model.replay_buffer_class in PLAIN_BUFFERS else model.replay_buffer_class,
         "replay_buffer_kwargs": dict(model.replay_buffer_kwargs),
         "_episodes_finished": model._episode_num,
         "_env_steps": model._n_calls * model.n_envs,
@@ -109,9 +109,9 @@ def from_sb3(
         changed["replay_buffer_kwargs"].pop("n_steps", None)
         changed["replay_buffer_kwargs"].pop("gamma", None)
     buffer = model.replay_buffer
-    if buffer is not None and type(buffer) in _PLAIN_BUFFERS and getattr(buffer, "gamma", model.gamma) == model.gamma:
+    if buffer is not None and type(buffer) in PLAIN_BUFFERS and getattr(buffer, "gamma", model.gamma) == model.gamma:
         changed["n_steps"] = settings.get("n_steps", getattr(buffer, "n_steps", 1))
-        changed["replay_buffer"] = _to_scratch_buffer(buffer, changed["n_steps"], model.gamma)
+        changed["replay_buffer"] = to_scratch_buffer(buffer, changed["n_steps"], model.gamma)
     elif buffer is not None:
         # A class of the user's, or a discount of the buffer's own, which ScratchReplayBuffer does not keep
         changed["replay_buffer_class"] = model.replay_buffer_class
@@ -149,8 +149,11 @@ def to_sb3(model: "ScratchDQN") -> "DQN":
     ]
     if isinstance(buffer, ScratchReplayBuffer) and not isinstance(buffer.sampler, UniformSampler):
         lost.append("prioritized=True")
-    for name in SAMPLER_SETTINGS:
-        changed["replay_buffer_kwargs"].pop(name, None)
+    if isinstance(buffer, ScratchReplayBuffer):
+        for name in SAMPLER_SETTINGS:
+            changed["replay_buffer_kwargs"].pop(name, None)
+        if buffer.store.action_masks is not None:
+            lost.append("action masks")
     if isinstance(model.target_update_interval, tuple):
         lost.append(f"target_update_interval={model.target_update_interval!r}")
         changed["target_update_interval"] = signature(DQN).parameters["target_update_interval"].default
@@ -231,7 +234,13 @@ def _set_up(
     return converted
 
 
-def _to_scratch_buffer(buffer: ReplayBuffer, n_steps: int, gamma: float) -> ScratchReplayBuffer:
+def to_scratch_buffer(buffer: ReplayBuffer, n_steps: int, gamma: float) -> ScratchReplayBuffer:
+    """Copy a replay buffer of SB3, one of ``PLAIN_BUFFERS``, into one of this package.
+
+    :param buffer: the buffer
+    :param n_steps: how many steps the copy folds
+    :param gamma: the discount of one step
+    """
     converted = ScratchReplayBuffer(n_steps=n_steps, gamma=gamma, **_buffer_settings(buffer))
     rows = buffer.buffer_size if buffer.full else buffer.pos
     if buffer.optimize_memory_usage:

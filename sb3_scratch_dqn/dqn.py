@@ -11,7 +11,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
-from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_scratch_dqn import checks, conversion
 from sb3_scratch_dqn.acting import EpsilonGreedyAlgorithm
@@ -21,14 +20,18 @@ from sb3_scratch_dqn.files import Path
 from sb3_scratch_dqn.heads import LOSSES
 from sb3_scratch_dqn.networks import QNetwork
 from sb3_scratch_dqn.policies import CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
-from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source
+from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source, check_sampling
 from sb3_scratch_dqn.replay.stores import Array, Observation
-from sb3_scratch_dqn.settings import check_settings
+from sb3_scratch_dqn.replay_setup import adapt_replay_buffer, make_replay_buffer
+from sb3_scratch_dqn.settings import check_combination, check_settings
 from sb3_scratch_dqn.target_sync import sync_is_due
 from sb3_scratch_dqn.td import MunchausenSettings, Objective
 
 if TYPE_CHECKING:
     from stable_baselines3.dqn import DQN
+
+# Callbacks write the log too, at times that nobody knows before; figures of an update must lie ready then
+_UPDATES_BETWEEN_FIGURES = 100
 
 SelfScratchDQN = TypeVar("SelfScratchDQN", bound="ScratchDQN")
 
@@ -203,11 +206,13 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
             self.learning_rate = float(self.learning_rate)
         self.seed = None if self.seed is None else int(self.seed)
         self._stats_window_size = self.stats_window_size
+        if self._env_steps == 0:  # a model saved by a version that did not count them
+            self._env_steps = self._n_calls * self.n_envs
 
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         if self.replay_buffer is None:
-            self.replay_buffer = self._make_replay_buffer()
+            self.replay_buffer = make_replay_buffer(self)
         policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs)
         assert isinstance(policy, DQNPolicy)
         self.policy = policy.to(self.device)
@@ -217,7 +222,7 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
         self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
 
         self._make_epsilon_schedule()
-        self._engine = choose_engine(self.engine, self.policy, self._objective())
+        self._choose_engine()
 
         if unit == "step" and self.n_envs > 1 and self.n_envs > frequency:
             warnings.warn(
@@ -227,6 +232,10 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
                 f"which corresponds to {self.n_envs} steps.",
                 stacklevel=2,
             )
+
+    def _choose_engine(self) -> None:
+        check_combination(self, self.policy.head, self.policy.head_name)
+        self._engine = choose_engine(self.engine, self.policy, self._objective())
 
     def _objective(self) -> Objective:
         munchausen = self.munchausen_kwargs or {}
@@ -243,30 +252,6 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
             self.exploration_fraction,
             self.exploration_decay,
             self.exploration_steps,
-        )
-
-    def _make_replay_buffer(self) -> ReplayBuffer:
-        buffer_class, kwargs = self.replay_buffer_class or ScratchReplayBuffer, dict(self.replay_buffer_kwargs)
-        if issubclass(buffer_class, ScratchReplayBuffer):
-            kwargs.update(n_steps=self.n_steps, gamma=self.gamma)
-        elif self.n_steps > 1:
-            warnings.warn(
-                f"`n_steps={self.n_steps}` is ignored because `replay_buffer_class={buffer_class.__name__}` was given: "
-                "configure that buffer by `replay_buffer_kwargs` instead, if it can fold several steps",
-                stacklevel=2,
-            )
-        if issubclass(buffer_class, HerReplayBuffer):
-            if self.env is None:
-                raise ValueError(f"env=None: a {buffer_class.__name__} needs env to compute rewards, so pass one")
-            kwargs["env"] = self.env
-        return buffer_class(
-            self.buffer_size,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            n_envs=self.n_envs,
-            optimize_memory_usage=self.optimize_memory_usage,
-            **kwargs,
         )
 
     def _create_aliases(self) -> None:
@@ -323,6 +308,8 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
             self._episodes_finished = 0
         prepared = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         self._find_masks()  # of environments that are reset by now
+        assert self.replay_buffer is not None
+        check_sampling(self.replay_buffer, masked=self._masks is not None)
         return prepared
 
     def _store_transition(
@@ -360,9 +347,8 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
         :param batch_size: transitions in each
         """
         assert self.replay_buffer is not None
-        objective = self._objective()
-        if self._engine.policy is not self.policy or self._engine.objective != objective:  # somebody changed them
-            self._engine = choose_engine(self.engine, self.policy, objective)
+        if self._engine.policy is not self.policy or self._engine.objective != self._objective():
+            self._choose_engine()  # somebody changed them
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         if isinstance(self.replay_buffer, ScratchReplayBuffer):
@@ -370,27 +356,32 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
         source = batch_source(self.replay_buffer, batch_size, self._vec_normalize_env, self.gamma)
         losses = self._engine.train(source, gradient_steps, self.max_grad_norm)
         self._n_updates += gradient_steps
+        if self._n_updates // _UPDATES_BETWEEN_FIGURES > (self._n_updates - gradient_steps) // _UPDATES_BETWEEN_FIGURES:
+            self._log_figures()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/loss", np.mean(losses))
 
     def dump_logs(self) -> None:
         """Write what was logged, and with it how the last update looked."""
+        self._log_figures()
+        super().dump_logs()
+
+    def _log_figures(self) -> None:
         if self._engine.last_update is not None:
             for name, value in self._engine.last_update.figures().items():
                 self.logger.record(name, value)
-        super().dump_logs()
+            self._engine.last_update = None
 
     # Files and SB3's DQN
 
     def load_replay_buffer(self, path: Path, truncate_last_traj: bool = True) -> None:
-        """Load a saved replay buffer; see :class:`CheckedOffPolicyAlgorithm`."""
+        """Load a saved replay buffer; see :class:`CheckedOffPolicyAlgorithm`.
+
+        How steps are folded and sampled are settings of the model, not part of what was stored.
+        """
         super().load_replay_buffer(path, truncate_last_traj)
-        if isinstance(self.replay_buffer, ScratchReplayBuffer):
-            # How steps are folded and sampled are settings of the model, not part of what was stored
-            self.replay_buffer.n_steps = self.n_steps
-            fresh = self._make_replay_buffer()
-            if isinstance(fresh, ScratchReplayBuffer):
-                self.replay_buffer.use_sampler(fresh.sampler)
+        assert self.replay_buffer is not None
+        self.replay_buffer = adapt_replay_buffer(self.replay_buffer, self)
 
     def _excluded_save_params(self) -> list[str]:
         made_by_setup = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target"]

@@ -14,6 +14,7 @@ head                  the ``K`` outputs of an action                           d
 ====================  =======================================================  =======================
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -113,6 +114,10 @@ class ExpectedHead:
         return outputs.squeeze(1), target, None
 
 
+# Distances between atoms are computed with 32 bits
+_LARGEST = 1e30
+
+
 class CategoricalHead:
     r"""C51: probabilities of fixed returns (Bellemare et al. 2017, https://arxiv.org/abs/1707.06887).
 
@@ -133,6 +138,8 @@ class CategoricalHead:
         check_number("v_max", v_max)
         if not v_min < v_max:
             raise ValueError(f"v_min={v_min!r} must be below v_max={v_max!r}")
+        if not math.isfinite(float(v_max) - float(v_min)) or max(abs(v_min), abs(v_max)) > _LARGEST:
+            raise ValueError(f"v_min={v_min!r} and v_max={v_max!r} must lie between -{_LARGEST} and {_LARGEST}")
         self.n_outputs = int(n_atoms)
         self.v_min, self.v_max = float(v_min), float(v_max)
         self._atoms = th.linspace(self.v_min, self.v_max, self.n_outputs, dtype=th.float64)

@@ -57,6 +57,14 @@ def check_masks(masks: Any, n_observations: int, n_actions: int) -> Masks:
     return checked
 
 
+def has_masks(env: VecEnv) -> bool:
+    """Whether the environments have masks; one that does not answer such questions has none."""
+    try:
+        return is_masking_supported(env)
+    except NotImplementedError:
+        return False
+
+
 def read_masks(env: VecEnv, n_actions: int) -> Masks:
     """Ask the environments which actions they allow now, ``(n_envs, A)``.
 
@@ -79,7 +87,9 @@ def masks_of_next_states(masks_now: Masks, dones: npt.NDArray[Any], infos: list[
     masks: Masks = masks_now.copy()
     for env in np.flatnonzero(dones):
         told = infos[env].get(INFO_KEY)
-        masks[env] = True if told is None else check_masks(told, 1, masks.shape[1])[0]
+        # An ended game may have no legal move; what follows it counts for nothing
+        nothing = told is None or not np.any(told)
+        masks[env] = True if nothing else check_masks(told, 1, masks.shape[1])[0]
     return masks
 
 
@@ -104,7 +114,7 @@ __all__ = [
     "MaskInInfo",
     "Masks",
     "check_masks",
-    "is_masking_supported",
+    "has_masks",
     "masked_argmax",
     "masked_log_softmax",
     "masks_of_next_states",

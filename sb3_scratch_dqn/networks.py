@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -98,6 +98,7 @@ class QNetwork(BasePolicy):
     """
 
     action_space: spaces.Discrete
+    read_by_all: ClassVar = "outputs"  # the method from which all others follow
 
     def __init__(
         self,
@@ -126,7 +127,7 @@ class QNetwork(BasePolicy):
         self.linear = linear
         self.n_actions = int(action_space.n)
         self.q_net = nn.Sequential(*self._make_layers())
-        self._noisy_layers = [module for module in self.modules() if isinstance(module, NoisyLinear)]
+        self._noisy_layers: list[NoisyLinear] | None = None  # not known before a subclass has made its own
 
     def _make_layers(self) -> list[nn.Module]:
         n_actions, n_outputs, widths = self.n_actions, self.head.n_outputs, list(self.net_arch)
@@ -140,8 +141,9 @@ class QNetwork(BasePolicy):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a subclass that would act by one function and learn another."""
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls) and "outputs" not in vars(cls):
-            raise TypeError(f"{cls.__name__} must override outputs() rather than forward(): training reads outputs()")
+        base = cls.read_by_all
+        if not vars(cls).keys().isdisjoint({"forward", "outputs"} - {base}) and base not in vars(cls):
+            raise TypeError(f"{cls.__name__} must override {base}(), which acting and training both read")
 
     def outputs(self, obs: PyTorchObs) -> th.Tensor:
         """What the head reads, ``(B, A, K)``."""
@@ -160,8 +162,20 @@ class QNetwork(BasePolicy):
         """Action values, ``(B, A)``."""
         return self.head.q_values(self.outputs(obs))
 
+    def evaluate(self, obs: PyTorchObs) -> th.Tensor:
+        """Action values, ``(B, A)``, as they are in evaluation mode, also in the middle of training."""
+        training = self.training
+        self.set_training_mode(False)
+        try:
+            values: th.Tensor = self(obs)
+        finally:
+            self.set_training_mode(training)
+        return values
+
     def noise(self) -> AbstractContextManager[None]:
         """A context in which noisy layers have fresh noise; outside of it they have none."""
+        if self._noisy_layers is None:
+            self._noisy_layers = [module for module in self.modules() if isinstance(module, NoisyLinear)]
         return noise(self._noisy_layers) if self._noisy_layers else nullcontext()
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
@@ -189,6 +203,7 @@ class ImplicitQNetwork(QNetwork):
     :math:`\psi`, unless dueling streams need it. Parameters as in :class:`QNetwork`.
     """
 
+    read_by_all = "outputs_at"
     head: ImplicitQuantileHead
     frequencies: th.Tensor
 

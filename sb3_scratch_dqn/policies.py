@@ -15,7 +15,7 @@ from torch import nn
 
 from sb3_scratch_dqn.checks import check_flag, check_net_arch, check_not_negative, check_subclass
 from sb3_scratch_dqn.heads import ValueHead, make_head
-from sb3_scratch_dqn.masks import Masks, masked_argmax
+from sb3_scratch_dqn.masks import Masks, check_masks, masked_argmax
 from sb3_scratch_dqn.networks import QNetwork, network_class
 from sb3_scratch_dqn.noisy import NoisyLinear
 
@@ -109,6 +109,9 @@ class DQNPolicy(BasePolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.q_net = self.make_q_net()
+        needed = network_class(self.head)
+        if not isinstance(self.q_net, needed):
+            raise ValueError(f"head={self.head_name!r} needs a {needed.__name__}, not a {type(self.q_net).__name__}")
         self.q_net_target = self.make_q_net()
         self.q_net_target.load_state_dict(self.q_net.state_dict())
         self.q_net_target.set_training_mode(False)
@@ -154,6 +157,7 @@ class DQNPolicy(BasePolicy):
         :param deterministic: without the noise of noisy layers
         :param action_masks: true where an action is allowed, ``(A,)`` or ``(B, A)``
         :return: an action for each observation, and ``state``
+        :raises ValueError: if ``action_masks`` have another shape, or allow nothing
         """
         if action_masks is None:
             return super().predict(observation, state, episode_start, deterministic)
@@ -161,7 +165,7 @@ class DQNPolicy(BasePolicy):
         obs, vectorized = self.obs_to_tensor(observation)
         with th.no_grad(), nullcontext() if deterministic else self.q_net.noise():
             values = self.q_net(obs)
-        masks = th.as_tensor(action_masks, device=values.device).view(values.shape)
+        masks = th.as_tensor(check_masks(action_masks, *values.shape), device=values.device)
         actions: np.ndarray = masked_argmax(values, masks).cpu().numpy()
         return (actions if vectorized else actions.squeeze(axis=0)), state
 

@@ -69,7 +69,8 @@ DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "head": lambda value: {"policy_kwargs": {"head": value, "head_kwargs": dict(_HEAD_KWARGS.get(value, {}))}},
     "dueling": lambda value: {"policy_kwargs": {"dueling": value}},
     "noisy": lambda value: {"policy_kwargs": {"noisy": value}},
-    "prioritized": lambda value: {"replay_buffer_kwargs": {"prioritized": value}},
+    # Nothing for "off", which leaves arguments that a settings file has alone
+    "prioritized": lambda value: {"replay_buffer_kwargs": {"prioritized": True}} if value else {},
 }
 
 # Searched in proportion to, or for the sake of, another one

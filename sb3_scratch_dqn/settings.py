@@ -7,7 +7,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from sb3_scratch_dqn import checks
 from sb3_scratch_dqn.engines import ENGINE_NAMES
 from sb3_scratch_dqn.exploration import EXPLORATION_SCHEDULES
-from sb3_scratch_dqn.heads import LOSSES, make_head
+from sb3_scratch_dqn.heads import LOSSES, ValueHead, make_head
+from sb3_scratch_dqn.masks import has_masks
 from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.td import MunchausenSettings
@@ -46,6 +47,11 @@ def check_settings(model: "ScratchDQN") -> None:
     own_buffer = issubclass(buffer_class, ScratchReplayBuffer)
     given = _GIVEN_TO_BUFFERS | _GIVEN_TO_OWN_BUFFERS if own_buffer else _GIVEN_TO_BUFFERS
     checks.check_arguments("replay_buffer_kwargs", model.replay_buffer_kwargs, buffer_class, refused=given)
+    if model.env is not None and not own_buffer and has_masks(model.env):
+        raise ValueError(
+            f"replay_buffer_class={buffer_class.__name__} keeps no action masks, but env has them: "
+            "leave replay_buffer_class out, or hide action_masks() of env"
+        )
     checks.check_flag("optimize_memory_usage", model.optimize_memory_usage)
     checks.check_seed(model.seed)
     for name in ("buffer_size", "batch_size", "n_steps", "stats_window_size"):
@@ -61,7 +67,8 @@ def check_settings(model: "ScratchDQN") -> None:
     checks.check_choice("loss", model.loss, LOSSES)
     checks.check_flag("double_q", model.double_q)
     _check_munchausen(model)
-    _check_head(model)
+    head_name = model.policy_kwargs.get("head", "expected")
+    check_combination(model, make_head(head_name, model.policy_kwargs.get("head_kwargs")), head_name)
     checks.check_choice("engine", model.engine, ENGINE_NAMES)
     if callable(model.exploration_schedule):
         for progress in (1.0, 0.0):
@@ -88,28 +95,35 @@ def _check_munchausen(model: "ScratchDQN") -> None:
     kwargs = {} if model.munchausen_kwargs is None else model.munchausen_kwargs
     checks.check_arguments("munchausen_kwargs", kwargs, MunchausenSettings)
     tau, alpha, clip = MunchausenSettings(**kwargs)
+    checks.check_number("munchausen_kwargs: tau", tau)
     checks.check_positive("munchausen_kwargs: tau", tau)
     checks.check_fraction("munchausen_kwargs: alpha", alpha)
     checks.check_number("munchausen_kwargs: clip", clip)
     if clip > 0:
         raise ValueError(f"munchausen_kwargs: clip={clip!r} must be at most 0: logarithms of probabilities are")
-    if model.munchausen and model.n_steps > 1:
+
+
+def check_combination(model: "ScratchDQN", head: ValueHead, head_name: str) -> None:
+    """Refuse settings that have no meaning beside each other.
+
+    :param model: whose settings are its attributes
+    :param head: of its policy
+    :param head_name: for the message
+    :raises ValueError: with the reason
+    """
+    n_steps = max(model.n_steps, model.replay_buffer_kwargs.get("n_steps", 1))
+    if model.munchausen and n_steps > 1:
         raise ValueError(
-            f"munchausen=True can not be combined with n_steps={model.n_steps}: "
+            f"munchausen=True can not be combined with n_steps={n_steps}: "
             "the bonus and the entropy of the steps in between would be missing from their return"
         )
-
-
-def _check_head(model: "ScratchDQN") -> None:
-    name, kwargs = model.policy_kwargs.get("head", "expected"), model.policy_kwargs.get("head_kwargs")
-    head = make_head(name, kwargs)
     if model.munchausen and not head.outputs_are_returns:
         raise ValueError(
-            f"munchausen=True can not be combined with head={name!r}: it shifts and averages returns, "
+            f"munchausen=True can not be combined with head={head_name!r}: it shifts and averages returns, "
             "and the outputs of this head are no returns but logits of probabilities"
         )
     if model.loss not in head.losses_taken:
         raise ValueError(
-            f"loss={model.loss!r} can not be combined with head={name!r}, "
+            f"loss={model.loss!r} can not be combined with head={head_name!r}, "
             "which learns probabilities by their cross-entropy: leave loss out"
         )

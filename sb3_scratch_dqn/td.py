@@ -150,8 +150,8 @@ class TargetNetwork(Protocol):
     def values_given(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
         """Observations and their :meth:`target_outputs` -> ``(B, A)``."""
 
-    def __call__(self, obs: PyTorchObs) -> th.Tensor:
-        """Observations -> ``(B, A)``."""
+    def evaluate(self, obs: PyTorchObs) -> th.Tensor:
+        """Observations -> ``(B, A)``, without what belongs to training."""
 
 
 def make_target(objective: Objective, network: TargetNetwork, target_network: TargetNetwork, head: ValueHead) -> Target:
@@ -162,10 +162,10 @@ def make_target(objective: Objective, network: TargetNetwork, target_network: Ta
     :param target_network: the target network
     :param head: what the outputs of both mean
     """
-    selector: Selector = (lambda obs, _: network(obs)) if objective.double_q else target_network.values_given
+    selector: Selector = (lambda obs, _: network.evaluate(obs)) if objective.double_q else target_network.values_given
     if objective.munchausen is None:
         return GreedyTarget(target_network.target_outputs, selector, head)
-    values = network if objective.double_q else target_network
+    values = (network if objective.double_q else target_network).evaluate
     return MunchausenTarget(target_network.target_outputs, selector, values, head, objective.munchausen)
 
 

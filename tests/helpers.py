@@ -133,6 +133,10 @@ def replay_contents(buffer):
     return contents
 
 
+# What SB3's DQN does not log
+OWN_FIGURES = {"train/q_mean", "train/target_mean", "train/td_error", "train/grad_norm"}
+
+
 def full_state(model):
     """All that training leaves behind in an algorithm."""
     return {
@@ -146,7 +150,11 @@ def full_state(model):
         "episodes": model._episode_num,
         "last_obs": model._last_obs,
         "action_space": model.action_space.np_random.bit_generator.state,
-        "logged": {k: v for k, v in model.logger.name_to_value.items() if not k.startswith("time/")},
+        "logged": {
+            name: value
+            for name, value in model.logger.name_to_value.items()
+            if not name.startswith("time/") and name not in OWN_FIGURES
+        },
     }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import DictEnv, ImageEnv, TimeoutEnv, assert_equal
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 from test_masks import MaskedEnv
@@ -135,6 +136,7 @@ def test_what_has_no_meaning_is_refused_with_the_reason(pair):
         ({"munchausen": 2}, "munchausen=2 must be True or False"),
         ({"munchausen_kwargs": {"temperature": 1}}, "has the unknown name 'temperature'"),
         ({"munchausen_kwargs": {"tau": 0}}, "tau=0 must be a number above 0"),
+        ({"munchausen_kwargs": {"tau": float("inf")}}, "tau=inf must be a finite number"),
         ({"munchausen_kwargs": {"alpha": 2}}, "alpha=2 must be a number between 0 and 1"),
         ({"munchausen_kwargs": {"clip": 1}}, "clip=1 must be at most 0"),
         ({"munchausen_kwargs": [1]}, r"munchausen_kwargs=\[1\] must be a dict"),
@@ -171,6 +173,43 @@ def test_networks_that_are_plain_by_name_convert():
     converted = model.learn(40).to_sb3()
     assert converted.policy_kwargs == {"net_arch": [8]}
     converted.learn(40)
+
+
+def test_what_has_no_meaning_is_refused_wherever_it_comes_from():
+    class C51Policy(DQNPolicy):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, head="c51")
+
+    with pytest.raises(ValueError, match="munchausen=True can not be combined with head='c51'"):
+        ScratchDQN(C51Policy, TimeoutEnv(), munchausen=True)
+    model = make(["c51"]).learn(40)
+    model.munchausen = True
+    with pytest.raises(ValueError, match="munchausen=True can not be combined with head='c51'"):
+        model.learn(40)
+    with pytest.raises(ValueError, match="munchausen=True can not be combined with n_steps=3"):
+        ScratchDQN(
+            "MlpPolicy",
+            TimeoutEnv(),
+            munchausen=True,
+            replay_buffer_class=NStepReplayBuffer,
+            replay_buffer_kwargs={"n_steps": 3, "gamma": 0.99},
+        )
+
+
+def test_the_conversion_says_that_masks_are_lost():
+    with pytest.warns(UserWarning, match="SB3's DQN has no action masks"):
+        make(["masks"]).learn(40).to_sb3()
+
+
+def test_the_conversion_leaves_arguments_of_other_buffers_alone():
+    class Own(ReplayBuffer):
+        def __init__(self, *args, alpha=0.5, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    model = ScratchDQN(
+        "MlpPolicy", TimeoutEnv(), replay_buffer_class=Own, replay_buffer_kwargs={"alpha": 0.9}, buffer_size=50
+    )
+    assert model.to_sb3().replay_buffer_kwargs == {"alpha": 0.9}
 
 
 def test_what_is_switched_in_a_live_model_counts():

@@ -47,6 +47,12 @@ def test_epsilon_in_steps_survives_a_second_training_and_a_file(tmp_path):
     assert model.learn(1000).exploration_rate == pytest.approx(0.2)
 
 
+def test_a_model_that_did_not_count_its_steps_goes_on_where_it_was(tmp_path):
+    ScratchDQN("MlpPolicy", TimeoutEnv(), seed=0).learn(200).save(tmp_path / "old.zip", exclude=["_env_steps"])
+    model = ScratchDQN.load(tmp_path / "old.zip", env=TimeoutEnv(), exploration_steps=100, exploration_final_eps=0.1)
+    assert model.learn(4).exploration_rate == pytest.approx(0.1)
+
+
 def test_the_length_in_steps_belongs_to_the_linear_schedule():
     with pytest.raises(ValueError, match=r"exploration_steps=10 is the length .* but .*'exponential'"):
         ScratchDQN("MlpPolicy", TimeoutEnv(), exploration_steps=10, exploration_schedule="exponential")

@@ -215,6 +215,7 @@ def test_the_quantile_head_is_that_of_qrdqn():
         ("c51", {"atoms": 3}, "has the unknown name 'atoms'"),
         ("c51", {"n_atoms": 1}, "n_atoms=1 must be a whole number of at least 2"),
         ("c51", {"v_min": 1, "v_max": 1}, "v_min=1 must be below v_max=1"),
+        ("c51", {"v_min": -1e39, "v_max": 1e39}, "v_min=-1e[+]39 and v_max=1e[+]39 must lie between"),
         ("c51", {"v_min": math.nan}, "v_min=nan must be a finite number"),
         ("quantile", {"n_quantiles": 0}, "n_quantiles=0 must be"),
         ("iqn", {"n_tau": 0}, "n_tau=0 must be"),

@@ -107,7 +107,7 @@ def test_a_network_of_the_user_acts_and_learns_by_the_same_outputs():
 
 
 def test_a_network_that_would_act_by_one_function_and_learn_another_is_refused():
-    with pytest.raises(TypeError, match=r"Odd must override outputs\(\) rather than forward\(\)"):
+    with pytest.raises(TypeError, match=r"Odd must override outputs\(\), which acting and training both read"):
 
         class Odd(QNetwork):
             def forward(self, obs):

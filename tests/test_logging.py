@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import TimeoutEnv
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from sb3_scratch_dqn import ScratchDQN
@@ -35,6 +36,31 @@ def test_training_logs_how_the_last_update_looked(head):
     assert {name for name in last if name.startswith("train/")} - {"train/n_updates", "train/learning_rate"} == expected
     assert all(np.isfinite(last[name]) for name in expected)
     assert not NAMES & {name for name in memory.written[0] if name != "train/loss"}, "before the first update"
+
+
+def test_figures_lie_ready_for_callbacks_that_write_the_log():
+    class Dump(BaseCallback):
+        def _on_step(self):
+            if self.n_calls == 130:
+                self.logger.dump(self.n_calls)
+            return True
+
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), learning_starts=20, train_freq=1, seed=0)
+    memory = Memory()
+    model.set_logger(Logger(None, [memory]))
+    model.learn(135, Dump(), log_interval=None)
+    assert memory.written[-1].keys() >= NAMES
+
+
+def test_figures_of_an_update_are_logged_once():
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), learning_starts=20, seed=0)
+    memory = Memory()
+    model.set_logger(Logger(None, [memory]))
+    model.learn(40, log_interval=None)
+    model.dump_logs()
+    model.dump_logs()
+    assert memory.written[0].keys() >= NAMES
+    assert not NAMES & memory.written[1].keys()
 
 
 def test_the_numbers_are_means_over_the_batch():

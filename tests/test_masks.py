@@ -10,9 +10,9 @@ from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvWrapper, VecNormalize
 
-from sb3_scratch_dqn import ScratchDQN
+from sb3_scratch_dqn import DQNPolicy, ScratchDQN, ScratchReplayBuffer
 from sb3_scratch_dqn.masks import MaskInInfo, masks_of_next_states
 
 
@@ -65,6 +65,10 @@ def test_training_takes_only_allowed_actions_and_stores_the_masks(n_envs, settin
     assert buffer.store.next_action_masks[:rows][~going_on].all()
     batch = buffer.sample_batch(64)
     assert (batch.action_masks == (batch.observations == 1)).all()
+    going_on = batch.discounts > 0
+    told = ~batch.next_action_masks.all(dim=1) & going_on
+    assert told.sum() > 20
+    assert (batch.next_action_masks[told] == (batch.next_observations[told] == 1)).all()
 
 
 def test_a_wrapper_tells_the_mask_of_the_last_state():
@@ -206,6 +210,101 @@ def test_a_buffer_that_keeps_no_masks_is_refused():
         def action_masks(self):
             return np.ones(4, dtype=bool)
 
-    model = ScratchDQN("MultiInputPolicy", MaskedGoals(n_bits=4, continuous=False), replay_buffer_class=HerReplayBuffer)
+    settings = {"policy": "MultiInputPolicy", "replay_buffer_class": HerReplayBuffer}
     with pytest.raises(ValueError, match="replay_buffer_class=HerReplayBuffer keeps no action masks"):
+        ScratchDQN(env=MaskedGoals(n_bits=4, continuous=False), **settings)
+    model = ScratchDQN(env=BitFlippingEnv(n_bits=4, continuous=False), **settings)
+    model.set_env(MaskedGoals(n_bits=4, continuous=False))
+    with pytest.raises(ValueError, match="replay_buffer_class=HerReplayBuffer samples no action masks"):
         model.learn(10)
+
+
+def test_a_buffer_that_samples_its_own_way_is_refused():
+    class Own(ScratchReplayBuffer):
+        def sample(self, batch_size, env=None):
+            return super().sample(batch_size, env)
+
+    with pytest.raises(ValueError, match="replay_buffer_class=Own samples no action masks, but env has them"):
+        ScratchDQN("MlpPolicy", MaskedEnv(), replay_buffer_class=Own).learn(10)
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), replay_buffer_class=Own, replay_buffer_kwargs={"prioritized": True})
+    with pytest.raises(
+        ValueError, match=r"replay_buffer_class=Own overrides .* so prioritized=True would have no effect"
+    ):
+        model.learn(10)
+
+
+@pytest.mark.parametrize("buffer_size", [50, 2000])
+def test_what_an_environment_without_masks_adds_is_not_masked(buffer_size):
+    model = ScratchDQN("MlpPolicy", MaskedEnv(), buffer_size=buffer_size, **SETTINGS).learn(100)
+    masks = model.replay_buffer.store.action_masks
+    assert not masks.all()
+    model.set_env(TimeoutEnv())
+    model.learn(400, reset_num_timesteps=False)
+    newest = (model.replay_buffer.pos - 1 - np.arange(40)) % buffer_size
+    for name in ("action_masks", "next_action_masks"):
+        assert getattr(model.replay_buffer.store, name)[newest].all()
+
+
+def test_what_came_before_masks_is_not_masked():
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), **SETTINGS).learn(60)
+    model.set_env(MaskedEnv())
+    model.learn(60, reset_num_timesteps=False)
+    assert model.replay_buffer.store.next_action_masks[:60].all()
+    assert not model.replay_buffer.store.next_action_masks[60:120].all()
+
+
+@pytest.mark.parametrize("wrapper", [lambda env: env, MaskInInfo])
+def test_a_game_may_end_without_a_legal_move(wrapper):
+    class Board(gym.Env):
+        observation_space = gym.spaces.Box(0, 1, (3,), np.float32)
+        action_space = gym.spaces.Discrete(3)
+
+        def reset(self, *, seed=None, options=None):
+            self.fields = np.zeros(3, np.float32)
+            return self.fields.copy(), {}
+
+        def step(self, action):
+            assert self.fields[action] == 0
+            self.fields[action] = 1
+            return self.fields.copy(), 1.0, bool(self.fields.all()), False, {}
+
+        def action_masks(self):
+            return self.fields == 0
+
+    model = ScratchDQN("MlpPolicy", wrapper(Board()), **SETTINGS).learn(80)
+    assert all(parameter.isfinite().all() for parameter in model.q_net.parameters())
+
+
+def test_policies_that_know_nothing_of_masks_still_act():
+    class Old(DQNPolicy):
+        def predict(self, observation, state=None, episode_start=None, deterministic=False):
+            return super().predict(observation, state, episode_start, deterministic)
+
+    ScratchDQN(Old, TimeoutEnv(), **SETTINGS).learn(60)
+
+
+def test_vectorised_environments_that_answer_no_questions_have_no_masks():
+    class Silent(VecEnvWrapper):
+        def reset(self):
+            return self.venv.reset()
+
+        def step_wait(self):
+            return self.venv.step_wait()
+
+        def has_attr(self, attr_name):
+            raise NotImplementedError
+
+    model = ScratchDQN("MlpPolicy", Silent(DummyVecEnv([TimeoutEnv])), **SETTINGS).learn(60)
+    assert model._masks is None
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, bool, float])
+def test_policies_take_masks_of_zeros_and_ones(dtype):
+    model = ScratchDQN("MlpPolicy", MaskedEnv(), seed=0)
+    values = model.q_values(np.zeros(3, np.float32))[0]
+    mask = np.ones(3, dtype=dtype)
+    mask[values.argmax()] = 0
+    action, _ = model.policy.predict(np.zeros(3, np.float32), action_masks=mask)
+    assert action == np.where(mask, values, -np.inf).argmax()
+    with pytest.raises(ValueError, match="must allow at least one action"):
+        model.policy.predict(np.zeros(3, np.float32), action_masks=np.zeros(3, dtype=dtype))

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import TimeoutEnv
+from helpers import NormedExtractor, TimeoutEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 
 from sb3_scratch_dqn import DQNPolicy, ScratchDQN
 from sb3_scratch_dqn.heads import HEADS
-from sb3_scratch_dqn.networks import DuelingStreams
+from sb3_scratch_dqn.networks import DuelingStreams, ImplicitQNetwork, QNetwork
 from sb3_scratch_dqn.noisy import NoisyLinear, noise
 
 
@@ -189,7 +189,68 @@ def test_noise_is_learned():
     assert all(changed)
 
 
+def test_layers_that_a_network_of_a_user_adds_have_noise_too():
+    class Net(QNetwork):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.extra = self.linear(3, 3)
+
+        def outputs(self, obs):
+            return self.extra(super().outputs(obs).squeeze(2)).unsqueeze(2)
+
+    class Policy(DQNPolicy):
+        def make_q_net(self):
+            return Net(**self._update_features_extractor(self.net_args))
+
+    policy = Policy(spaces.Box(-1, 1, (4,)), spaces.Discrete(3), lambda _: 1e-3, noisy=True)
+    with policy.q_net.noise():
+        noisy = policy.q_net.extra(th.ones(3))
+    assert not th.equal(noisy, policy.q_net.extra(th.ones(3)))
+
+
+def test_double_q_learning_chooses_in_evaluation_mode():
+    counts = []
+    for double_q in (False, True):
+        model = ScratchDQN(
+            "MlpPolicy",
+            TimeoutEnv(),
+            double_q=double_q,
+            policy_kwargs={"features_extractor_class": NormedExtractor},
+            learning_starts=20,
+            train_freq=1,
+            seed=0,
+        ).learn(50)
+        assert model.q_net.training
+        counts.append(model.q_net.features_extractor.net[1].num_batches_tracked.item())
+    assert counts == [30, 30]
+
+
 # Implicit quantiles
+
+
+def test_a_network_that_knows_no_fractions_cannot_serve_iqn():
+    class Net(QNetwork):
+        pass
+
+    class Policy(DQNPolicy):
+        def make_q_net(self):
+            return Net(**self._update_features_extractor(self.net_args))
+
+    with pytest.raises(ValueError, match="head='iqn' needs a ImplicitQNetwork, not a Net"):
+        Policy(spaces.Box(-1, 1, (4,)), spaces.Discrete(3), lambda _: 1e-3, head="iqn")
+
+
+@pytest.mark.parametrize("method", ["outputs", "forward"])
+def test_a_network_of_iqn_must_override_what_acting_reads_too(method):
+    with pytest.raises(TypeError, match=r"Net must override outputs_at\(\), which acting and training both read"):
+        type("Net", (ImplicitQNetwork,), {method: lambda self, obs: None})
+
+
+def test_the_target_of_iqn_chooses_by_other_fractions_than_it_is_made_of():
+    net = make_policy(head="iqn", head_kwargs={"n_tau_prime": 2}).q_net_target
+    np.testing.assert_array_equal(
+        net.values_given(OBSERVATIONS, net.target_outputs(OBSERVATIONS)).detach(), net(OBSERVATIONS).detach()
+    )
 
 
 def test_implicit_quantiles_are_those_of_the_paper():

@@ -7,10 +7,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from helpers import DictEnv, TimeoutEnv
+from helpers import DictEnv, TimeoutEnv, assert_equal, replay_contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_scratch_dqn import ScratchDQN, ScratchReplayBuffer
@@ -241,6 +242,42 @@ def test_the_way_of_sampling_is_a_setting_of_the_model_and_not_of_a_saved_buffer
         loaded = make(False)
         loaded.load_replay_buffer(tmp_path / "replay.pkl")
         assert not hasattr(loaded.replay_buffer.sampler, "tree")
+
+
+def test_another_exponent_counts_for_priorities_that_are_known():
+    buffer = filled(alpha=1.0)
+    priorities = np.random.default_rng(1).uniform(0.01, 3, 50)
+    buffer.sampler.update(np.arange(50), np.zeros(50, dtype=int), th.tensor(priorities))
+    buffer.use_sampler(PrioritizedSampler(1, alpha=0.5))
+    np.testing.assert_allclose(buffer.sampler.tree.values[:50], (priorities + 1e-6) ** 0.5)
+    assert buffer.sampler.max_value == pytest.approx(buffer.sampler.tree.values.max())
+    buffer.use_sampler(PrioritizedSampler(1, alpha=0.0))
+    np.testing.assert_array_equal(buffer.sampler.tree.values[:50], 1.0)
+    buffer.use_sampler(PrioritizedSampler(1, alpha=0.7))
+    np.testing.assert_array_equal(buffer.sampler.tree.values[:50], 1.0)
+    assert buffer.sampler.tree.total == pytest.approx(50)
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_a_buffer_saved_by_sb3_is_sampled_as_the_model_says(tmp_path, n_steps):
+    reference = DQN("MlpPolicy", TimeoutEnv(), seed=0, buffer_size=500, n_steps=n_steps).learn(200)
+    reference.save_replay_buffer(tmp_path / "replay.pkl")
+    model = ScratchDQN(
+        "MlpPolicy", TimeoutEnv(), n_steps=2, buffer_size=500, replay_buffer_kwargs={"prioritized": True}, seed=0
+    )
+    model.load_replay_buffer(tmp_path / "replay.pkl")
+    assert isinstance(model.replay_buffer, ScratchReplayBuffer)
+    assert model.replay_buffer.n_steps == 2
+    assert_equal(replay_contents(reference.replay_buffer), replay_contents(model.replay_buffer))
+    assert model.replay_buffer.sampler.tree.total == 200
+    model.learn(150, reset_num_timesteps=False)
+
+
+def test_transitions_may_come_without_infos():
+    buffer = filled(n=0, handle_timeout_termination=False)
+    obs, next_obs, action, reward, done, _ = next(steps(1))
+    buffer.add(obs, next_obs, action, reward, done, [])
+    assert buffer.size() == 1
 
 
 def test_updates_are_weighted():

@@ -30,6 +30,8 @@ class LinearNetwork:
     def __call__(self, obs):
         return self.head.q_values(self.outputs(obs))
 
+    evaluate = __call__
+
 
 def make_batch(size, observation_dim, seed, dtype=th.float32, masks=False):
     generator = th.Generator().manual_seed(seed)
@@ -116,6 +118,28 @@ def test_losses_and_priorities_equal_those_of_a_loop(loss, double_q, munchausen,
     expected = absolute**2 if loss == "mse" else np.where(absolute < 1, 0.5 * absolute**2, absolute - 0.5)
     np.testing.assert_allclose(got.losses, expected, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(got.priorities, absolute, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("double_q", [False, True])
+def test_munchausen_averages_and_shifts_every_quantile(double_q):
+    head = make_head("quantile", {"n_quantiles": 4})
+    batch = make_batch(10, 5, seed=0, dtype=th.float64)
+    online, target = networks(head)
+    got = make_target(Objective(LOSSES["huber"], double_q, MUNCHAUSEN), online, target, head)(batch)
+    tau, alpha, clip = MUNCHAUSEN
+    chooser = online if double_q else target
+    for i in range(10):
+        log_pi_next = (chooser(batch.next_observations)[i] / tau).log_softmax(0)
+        log_pi = (chooser(batch.observations)[i] / tau).log_softmax(0)[batch.actions[i]]
+        bonus = alpha * min(max(tau * log_pi.item(), clip), 0)
+        for k in range(4):
+            soft = sum(
+                math.exp(log_pi_next[a])
+                * (target.outputs(batch.next_observations)[i, a, k].item() - tau * log_pi_next[a].item())
+                for a in range(N_ACTIONS)
+            )
+            expected = batch.returns[i].item() + bonus + batch.discounts[i].item() * soft
+            assert got[i, k].item() == pytest.approx(expected)
 
 
 def test_the_bonus_of_munchausen_is_clipped_in_some_samples_and_not_in_others():

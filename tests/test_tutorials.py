@@ -5,6 +5,7 @@ import math
 import pytest
 import yaml
 from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_scratch_dqn import ScratchDQN
 from sb3_scratch_dqn.zoo import hyperparams_folder
@@ -24,6 +25,8 @@ def built(settings):
     for name in ("policy_kwargs", "replay_buffer_kwargs"):
         if name in settings:
             settings[name] = eval(settings[name])
+    if isinstance(settings.get("learning_rate"), str):
+        settings["learning_rate"] = LinearSchedule(float(settings["learning_rate"].removeprefix("lin_")), 0.0, 1.0)
     return settings, rest
 
 

@@ -1,6 +1,6 @@
 """Replay: where transitions are kept and how updates get them."""
 
 from sb3_scratch_dqn.replay.batch import Batch
-from sb3_scratch_dqn.replay.buffer import BatchSource, ScratchReplayBuffer, batch_source
+from sb3_scratch_dqn.replay.buffer import BatchSource, ScratchReplayBuffer, batch_source, check_sampling
 
-__all__ = ["Batch", "BatchSource", "ScratchReplayBuffer", "batch_source"]
+__all__ = ["Batch", "BatchSource", "ScratchReplayBuffer", "batch_source", "check_sampling"]

@@ -138,8 +138,10 @@ class ScratchReplayBuffer(ReplayBuffer):
         if self.handle_timeout_termination:
             timeout = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         self.store.write(self.pos, obs, next_obs, action, reward, done, timeout)
-        if "next_action_masks" in infos[0]:
+        if infos and "next_action_masks" in infos[0]:
             self.store.write_masks(self.pos, *(np.array([info[name] for info in infos]) for name in self.store.MASKS))
+        elif self.store.action_masks is not None:
+            self.store.write_masks(self.pos, True, True)
         self.sampler.written(self, self.pos)
         self.pos += 1
         if self.pos == self.buffer_size:
@@ -268,6 +270,26 @@ def batch_source(buffer: ReplayBuffer, batch_size: int, env: VecNormalize | None
         uniform = isinstance(buffer.sampler, UniformSampler)
         return BatchSource(draw, _ignore if uniform else buffer.update_priorities)
     return BatchSource(lambda: batch_from_samples(buffer.sample(batch_size, env=env), gamma), _ignore)
+
+
+def check_sampling(buffer: ReplayBuffer, masked: bool) -> None:
+    """Refuse a buffer that would lose masks or priorities on the way.
+
+    :param buffer: any replay buffer
+    :param masked: whether the environments have action masks
+    """
+    name = type(buffer).__name__
+    own = isinstance(buffer, ScratchReplayBuffer) and not _samples_its_own_way(buffer)
+    if masked and not own:
+        raise ValueError(
+            f"replay_buffer_class={name} samples no action masks, but env has them: "
+            "leave replay_buffer_class out, or hide action_masks() of env"
+        )
+    if isinstance(buffer, ScratchReplayBuffer) and not own and not isinstance(buffer.sampler, UniformSampler):
+        raise ValueError(
+            f"replay_buffer_class={name} overrides how transitions are sampled, "
+            "so prioritized=True would have no effect: override sample_batch() instead"
+        )
 
 
 def _samples_its_own_way(buffer: ScratchReplayBuffer) -> bool:

@@ -174,7 +174,7 @@ class PrioritizedSampler:
 
         :raises ValueError: if there is one that is no number, as after training diverged
         """
-        values: npt.NDArray[np.float64] = (priorities.double().cpu().numpy() + self.epsilon) ** self.alpha
+        values: npt.NDArray[np.float64] = (priorities.cpu().double().numpy() + self.epsilon) ** self.alpha
         if not np.isfinite(values).all():
             raise ValueError("priorities must be finite, but some are not: training diverged; lower learning_rate")
         self.max_value = max(self.max_value, float(values.max()))
@@ -186,8 +186,13 @@ class PrioritizedSampler:
 
     def succeed(self, other: Sampler, buffer: Ring) -> None:
         """Take over the priorities; where there were none, all transitions are new."""
-        if isinstance(other, PrioritizedSampler):
-            self.tree, self.max_value = other.tree, other.max_value
+        if isinstance(other, PrioritizedSampler) and (other.alpha == self.alpha or other.alpha > 0):
+            # Stored are (p + epsilon)**alpha, with the other's alpha
+            exponent = self.alpha / other.alpha if other.alpha != self.alpha else 1.0
+            values = np.where(other.tree.values > 0, other.tree.values, 0.0)
+            self.max_value = other.max_value**exponent
+            self.tree.reserve(len(values))
+            self.tree.set(np.arange(len(values)), np.where(values > 0, values**exponent, 0.0))
             return
         oldest = buffer.pos if buffer.full else 0
         for age in range(buffer.size()):

@@ -127,7 +127,9 @@ class DenseStore:
         for name in self.MASKS:
             masks = getattr(self, name)
             if masks is not None:
-                setattr(self, name, _resized(masks, rows))
+                resized = np.ones((rows, *masks.shape[1:]), dtype=bool)
+                resized[: len(masks)] = masks[:rows]
+                setattr(self, name, resized)
         self.rows = rows
 
     def write(
@@ -153,12 +155,19 @@ class DenseStore:
         self.dones[row] = done
         self.timeouts[row] = timeout
 
-    def write_masks(self, row: int, masks: Array, next_masks: Array) -> None:
-        """Put what was allowed before and after one step into a row that was written; each is ``(n_envs, A)``."""
+    def write_masks(self, row: int, masks: Array | bool, next_masks: Array | bool) -> None:
+        """Put what was allowed before and after one step into a row that was written.
+
+        :param row: the row
+        :param masks: ``(n_envs, A)``, or true for everything
+        :param next_masks: likewise
+        """
         for name, value in zip(self.MASKS, (masks, next_masks), strict=True):
             if getattr(self, name) is None:
+                if value is True:
+                    continue
                 # Whatever came before was not masked
-                setattr(self, name, np.ones((self.rows, *value.shape), dtype=bool))
+                setattr(self, name, np.ones((self.rows, *np.shape(value)), dtype=bool))
             getattr(self, name)[row] = value
 
     @staticmethod

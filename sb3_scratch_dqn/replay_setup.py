@@ -1,0 +1,62 @@
+"""Which replay buffer a model gets, and what becomes of one that it loads."""
+
+import warnings
+from typing import TYPE_CHECKING
+
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_scratch_dqn.conversion import PLAIN_BUFFERS, to_scratch_buffer
+from sb3_scratch_dqn.replay import ScratchReplayBuffer
+
+if TYPE_CHECKING:
+    from sb3_scratch_dqn.dqn import ScratchDQN
+
+
+def make_replay_buffer(model: "ScratchDQN") -> ReplayBuffer:
+    """Make the buffer that a model's settings ask for.
+
+    :param model: whose settings are its attributes
+    :raises ValueError: for a ``HerReplayBuffer`` without an environment
+    """
+    buffer_class, kwargs = model.replay_buffer_class or ScratchReplayBuffer, dict(model.replay_buffer_kwargs)
+    if issubclass(buffer_class, ScratchReplayBuffer):
+        kwargs.update(n_steps=model.n_steps, gamma=model.gamma)
+    elif model.n_steps > 1:
+        warnings.warn(
+            f"`n_steps={model.n_steps}` is ignored because `replay_buffer_class={buffer_class.__name__}` was given: "
+            "configure that buffer by `replay_buffer_kwargs` instead, if it can fold several steps",
+            stacklevel=3,
+        )
+    if issubclass(buffer_class, HerReplayBuffer):
+        if model.env is None:
+            raise ValueError(f"env=None: a {buffer_class.__name__} needs env to compute rewards, so pass one")
+        kwargs["env"] = model.env
+    return buffer_class(
+        model.buffer_size,
+        model.observation_space,
+        model.action_space,
+        device=model.device,
+        n_envs=model.n_envs,
+        optimize_memory_usage=model.optimize_memory_usage,
+        **kwargs,
+    )
+
+
+def adapt_replay_buffer(buffer: ReplayBuffer, model: "ScratchDQN") -> ReplayBuffer:
+    """Make a loaded buffer fold and sample as a model's settings say.
+
+    :param buffer: this package's; or SB3's, of which a copy in this package's class is returned, unless
+        ``replay_buffer_class`` asks for another class
+    :param model: whose settings are its attributes
+    """
+    if (model.replay_buffer_class or ScratchReplayBuffer) is not ScratchReplayBuffer:
+        return buffer
+    if type(buffer) in PLAIN_BUFFERS:
+        buffer = to_scratch_buffer(buffer, model.n_steps, model.gamma)
+    if isinstance(buffer, ScratchReplayBuffer):
+        buffer.n_steps = model.n_steps
+        fresh = make_replay_buffer(model)
+        assert isinstance(fresh, ScratchReplayBuffer)
+        buffer.use_sampler(fresh.sampler)
+    return buffer
