@@ -87,6 +87,8 @@ def test_these_presets_are_the_default_settings_and_a_switch(preset):
         for key in ("double_q", "munchausen"):
             preset_settings.pop(key, None)
         kwargs = preset_settings.pop("policy_kwargs", {})
+        if (preset, environment) == ("dueling", "atari"):
+            assert kwargs.pop("net_arch") == [512], "a hidden layer that the streams can have for themselves"
         assert {key: kwargs[key] for key in kwargs if key == "net_arch"} == settings.pop("policy_kwargs", {})
         assert preset_settings == settings
 
