@@ -60,7 +60,7 @@ def test_every_shape_of_network_values_every_action(head, noisy, dueling, net_ar
     outputs = policy.q_net.outputs(OBSERVATIONS)
     assert outputs.shape[:2] == (6, 3)
     outputs.sum().backward()
-    # Atoms of C51 share a sum, the quantiles none: every parameter takes part in what the head is given
+    # sigma takes no part where there is no noise
     assert all(p.grad is not None for name, p in policy.q_net.named_parameters() if "sigma" not in name)
 
 

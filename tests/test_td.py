@@ -1,6 +1,7 @@
 """The targets and the Bellman update against loops, hand-computed values and finite differences."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -186,14 +187,18 @@ def test_one_transition_by_hand():
     assert losses(True, "mse").losses.tolist() == [3.25**2, 9.0]
 
 
-@pytest.mark.parametrize("munchausen", [None, MUNCHAUSEN])
+# C51 has a loss of its own, and no returns that Munchausen could shift
+MEANINGFUL = [
+    (name, loss, munchausen)
+    for name, loss, munchausen in product(HEADS, LOSSES, [None, MUNCHAUSEN])
+    if name != "c51" or (loss == "huber" and munchausen is None)
+]
+
+
 @pytest.mark.parametrize("double_q", [False, True])
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(("name", "loss", "munchausen"), MEANINGFUL)
 def test_gradients_equal_finite_differences(name, loss, double_q, munchausen):
     head = make_head(name, {"n_quantiles": 5} if name == "quantile" else {"n_atoms": 6} if name == "c51" else None)
-    if loss not in head.losses_taken or (munchausen is not None and not head.outputs_are_returns):
-        pytest.skip("has no meaning")
     batch = make_batch(6, 4, seed=1, dtype=th.float64)
     online, target = networks(head, observation_dim=4)
     make = make_target(Objective(LOSSES[loss], double_q, munchausen), online, target, head)
