@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_scratch_dqn.checked_algorithm import CheckedOffPolicyAlgorithm
-from sb3_scratch_dqn.exploration import Actions, epsilon_greedy
+from sb3_scratch_dqn.exploration import Actions, epsilon_greedy, make_epsilon_schedule
 from sb3_scratch_dqn.masks import (
     Masks,
     check_masks,
@@ -20,13 +21,22 @@ from sb3_scratch_dqn.replay.stores import Array, Observation
 
 
 class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
-    """The part of ``ScratchDQN`` that acts, and that keeps track of masks.
+    """The part of ``ScratchDQN`` that acts, and that keeps track of epsilon and of masks.
 
     An environment without ``action_masks()`` is asked for it once, when training begins.
     """
 
     policy: DQNPolicy
     exploration_rate: float
+    exploration_schedule: str | Schedule
+    exploration_initial_eps: float
+    exploration_final_eps: float
+    exploration_fraction: float
+    exploration_decay: float
+    exploration_steps: int | None
+    _env_steps: int  # over all calls of learn()
+    _episodes_finished: int  # since learn() last set the counters back
+    _episodes_ended_now: int  # by the last call of env.step()
     _masks: Masks | None = None  # of the states that the environments are in; None if they have no masks
 
     def predict(
@@ -100,6 +110,25 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
 
     # In training
 
+    def _make_epsilon_schedule(self) -> None:
+        self._epsilon_made_of = self.exploration_schedule
+        self._epsilon_schedule = make_epsilon_schedule(
+            self.exploration_schedule,
+            self.exploration_initial_eps,
+            self.exploration_final_eps,
+            self.exploration_fraction,
+            self.exploration_decay,
+            self.exploration_steps,
+        )
+
+    def _update_exploration_rate(self) -> None:
+        if self._epsilon_made_of is not self.exploration_schedule:  # a callback changed it
+            self._make_epsilon_schedule()
+        self.exploration_rate = self._epsilon_schedule(
+            self._current_progress_remaining, self._episodes_finished, self._env_steps
+        )
+        self.logger.record("rollout/exploration_rate", self.exploration_rate)
+
     def _find_masks(self) -> None:
         """See whether the environments have masks.
 
@@ -139,3 +168,5 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
             ]
             self._masks = masks_now
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self._episodes_ended_now = int(np.count_nonzero(dones))
+        self._episodes_finished += self._episodes_ended_now

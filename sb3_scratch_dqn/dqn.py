@@ -15,13 +15,11 @@ from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from sb3_scratch_dqn import checks, conversion
 from sb3_scratch_dqn.acting import EpsilonGreedyAlgorithm
 from sb3_scratch_dqn.engines import choose_engine
-from sb3_scratch_dqn.exploration import make_epsilon_schedule
 from sb3_scratch_dqn.files import Path
 from sb3_scratch_dqn.heads import LOSSES
 from sb3_scratch_dqn.networks import QNetwork
 from sb3_scratch_dqn.policies import CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source, check_sampling
-from sb3_scratch_dqn.replay.stores import Array, Observation
 from sb3_scratch_dqn.replay_setup import adapt_replay_buffer, make_replay_buffer
 from sb3_scratch_dqn.settings import check_combination, check_settings
 from sb3_scratch_dqn.target_sync import sync_is_due
@@ -243,17 +241,6 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
             LOSSES[self.loss], self.double_q, MunchausenSettings(**munchausen) if self.munchausen else None
         )
 
-    def _make_epsilon_schedule(self) -> None:
-        self._epsilon_made_of = self.exploration_schedule
-        self._epsilon_schedule = make_epsilon_schedule(
-            self.exploration_schedule,
-            self.exploration_initial_eps,
-            self.exploration_final_eps,
-            self.exploration_fraction,
-            self.exploration_decay,
-            self.exploration_steps,
-        )
-
     def _create_aliases(self) -> None:
         self.q_net = self.policy.q_net
         self.q_net_target = self.policy.q_net_target
@@ -312,33 +299,15 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
         check_sampling(self.replay_buffer, masked=self._masks is not None)
         return prepared
 
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: Array,
-        new_obs: Observation,
-        reward: Array,
-        dones: Array,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        self._episodes_ended_now = int(np.count_nonzero(dones))
-        self._episodes_finished += self._episodes_ended_now
-
     def _on_step(self) -> None:
         self._n_calls += 1
         self._env_steps += self.n_envs
-        # Callbacks may have changed the interval, and below the schedule
+        # Callbacks may have changed the interval
         interval = self.target_update_interval
         if sync_is_due(interval, self.n_envs, self._n_calls, self._episodes_finished, self._episodes_ended_now):
             polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
-        if self._epsilon_made_of is not self.exploration_schedule:
-            self._make_epsilon_schedule()
-        self.exploration_rate = self._epsilon_schedule(
-            self._current_progress_remaining, self._episodes_finished, self._env_steps
-        )
-        self.logger.record("rollout/exploration_rate", self.exploration_rate)
+        self._update_exploration_rate()
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """Take some gradient steps.
