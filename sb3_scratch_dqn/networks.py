@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch as th
@@ -172,11 +172,16 @@ class QNetwork(BasePolicy):
             self.set_training_mode(training)
         return values
 
-    def noise(self) -> AbstractContextManager[None]:
-        """A context in which noisy layers have fresh noise; outside of it they have none."""
+    @property
+    def noisy_layers(self) -> list[NoisyLinear]:
+        """All layers that explore by noise."""
         if self._noisy_layers is None:
             self._noisy_layers = [module for module in self.modules() if isinstance(module, NoisyLinear)]
-        return noise(self._noisy_layers) if self._noisy_layers else nullcontext()
+        return self._noisy_layers
+
+    def noise(self) -> AbstractContextManager[None]:
+        """A context in which noisy layers have fresh noise; outside of it they have none."""
+        return noise(self.noisy_layers)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         return self.forward(observation).argmax(dim=1).reshape(-1)

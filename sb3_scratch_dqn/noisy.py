@@ -9,8 +9,8 @@ There is noise only where somebody asked for it (:func:`noise`); training and ev
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch as th
 from torch import nn
@@ -61,9 +61,13 @@ class NoisyLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+def noise(layers: Collection[NoisyLinear]) -> AbstractContextManager[None]:
+    """Fresh noise in some layers, for as long as the context lasts; without layers it costs nothing."""
+    return _noise(layers) if layers else nullcontext()
+
+
 @contextmanager
-def noise(layers: Iterable[NoisyLinear]) -> Iterator[None]:
-    """Fresh noise in some layers, for as long as the context lasts."""
+def _noise(layers: Collection[NoisyLinear]) -> Iterator[None]:
     try:
         for layer in layers:
             layer.draw_noise()

@@ -1,7 +1,6 @@
 """The policies: an online network, its target, and the optimiser of the online one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from sb3_scratch_dqn.checks import check_flag, check_net_arch, check_not_negativ
 from sb3_scratch_dqn.heads import ValueHead, make_head
 from sb3_scratch_dqn.masks import Masks, check_masks, masked_argmax
 from sb3_scratch_dqn.networks import QNetwork, network_class
-from sb3_scratch_dqn.noisy import NoisyLinear
+from sb3_scratch_dqn.noisy import NoisyLinear, noise
 
 # Arguments that SB3's policies do not have
 NETWORK_SETTINGS = ("dueling", "noisy", "noisy_sigma", "head", "head_kwargs")
@@ -125,11 +124,9 @@ class DQNPolicy(BasePolicy):
         """Make a network with a features extractor of its own."""
         return network_class(self.head)(**self._update_features_extractor(self.net_args)).to(self.device)
 
-    @contextmanager
-    def noise(self) -> Iterator[None]:
+    def noise(self) -> AbstractContextManager[None]:
         """A context in which the noisy layers of both networks have fresh noise."""
-        with self.q_net.noise(), self.q_net_target.noise():
-            yield
+        return noise([*self.q_net.noisy_layers, *self.q_net_target.noisy_layers])
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         """Greedy actions, ``(B,)``."""
