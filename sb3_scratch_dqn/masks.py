@@ -61,7 +61,7 @@ def has_masks(env: VecEnv) -> bool:
     """Whether the environments have masks; one that does not answer such questions has none."""
     try:
         return is_masking_supported(env)
-    except NotImplementedError:
+    except NotImplementedError:  # raised by wrappers of vectorised environments that know only their own attributes
         return False
 
 

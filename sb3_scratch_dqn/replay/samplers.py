@@ -189,7 +189,7 @@ class PrioritizedSampler:
         if isinstance(other, PrioritizedSampler) and (other.alpha == self.alpha or other.alpha > 0):
             # Stored are (p + epsilon)**alpha, with the other's alpha
             exponent = self.alpha / other.alpha if other.alpha != self.alpha else 1.0
-            values = np.where(other.tree.values > 0, other.tree.values, 0.0)
+            values = other.tree.values
             self.max_value = other.max_value**exponent
             self.tree.reserve(len(values))
             self.tree.set(np.arange(len(values)), np.where(values > 0, values**exponent, 0.0))
