@@ -17,7 +17,7 @@ from sb3_scratch_dqn.masks import (
     read_masks,
 )
 from sb3_scratch_dqn.policies import DQNPolicy
-from sb3_scratch_dqn.replay.stores import Array, Observation
+from sb3_scratch_dqn.replay.observations import Array, Observation
 
 
 class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):

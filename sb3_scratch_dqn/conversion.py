@@ -24,7 +24,7 @@ from sb3_scratch_dqn.heads import ExpectedHead
 from sb3_scratch_dqn.policies import NETWORK_SETTINGS, DQNPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.samplers import SAMPLER_SETTINGS, UniformSampler
-from sb3_scratch_dqn.replay.stores import DenseStore
+from sb3_scratch_dqn.replay.stores import Store
 
 if TYPE_CHECKING:
     from stable_baselines3.dqn import DQN
@@ -285,7 +285,7 @@ def _buffer_settings(buffer: ReplayBuffer) -> dict[str, Any]:
 
 
 def _copy_rows(source: Any, target: Any, rows: int) -> None:
-    for name in DenseStore.ARRAYS:
+    for name in ("observations", "next_observations", *Store.COLUMNS):
         if name == "next_observations" and not (hasattr(source, name) and hasattr(target, name)):
             continue  # observations are kept once, on both sides
         taken, given = getattr(source, name), getattr(target, name)

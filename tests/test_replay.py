@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 
 from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source
-from sb3_scratch_dqn.replay.stores import DenseStore, map_observation
+from sb3_scratch_dqn.replay.observations import DenseObservations, map_observation
+from sb3_scratch_dqn.replay.stores import Store
 
 VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32)
 NESTED = gym.spaces.Dict({"a": VECTOR, "b": gym.spaces.Discrete(5)})
@@ -166,13 +167,18 @@ def test_memory_is_asked_for_as_the_buffer_fills():
     assert buffer.size() == 1000
 
 
-def test_a_store_never_grows_beyond_its_capacity():
-    store = DenseStore(300, 2, VECTOR, 1, np.int64)
-    store.reserve(200)
-    assert store.rows == 256
-    store.reserve(257)  # doubled, that would be 512
-    assert store.rows == 300
-    assert store.observations.shape == (300, 2, 2)
+def test_a_store_ends_with_a_doubling_and_never_exceeds_its_capacity():
+    store = Store(1100, 2, DenseObservations(1100, 2, VECTOR), 1, np.int64)
+    sizes = []
+    for rows in range(1, 1101):
+        store.reserve(rows)
+        assert rows <= store.rows <= 1100
+        if store.rows not in sizes:
+            sizes.append(store.rows)
+    # Copying the last time takes half of the capacity beside the whole, and not nearly all of it
+    assert sizes == [275, 550, 1100]
+    assert store.observations.shape == (1100, 2, 2)
+    assert store.bytes_of(1100) == sum(array.nbytes for array in store.arrays().values())
 
 
 def test_copies_and_pickles_hold_what_was_filled():
@@ -184,7 +190,7 @@ def test_copies_and_pickles_hold_what_was_filled():
         assert_equal(replay_contents(buffer), replay_contents(restored))
         restored.add(*next(random_steps(NESTED, 1, 1, np.random.default_rng(1))))
         assert restored.size() == 301
-    assert len(buffer.rewards) == 512
+    assert len(buffer.rewards) == 313
 
 
 def test_an_empty_buffer_says_so():

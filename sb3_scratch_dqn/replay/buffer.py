@@ -15,8 +15,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_scratch_dqn.checks import check_flag
 from sb3_scratch_dqn.replay.batch import Batch, batch_from_samples
 from sb3_scratch_dqn.replay.nstep import Floats, Fold, fold_n_steps, fold_one_step
+from sb3_scratch_dqn.replay.observations import Array, DenseObservations, Observation, SharedObservations, Space
 from sb3_scratch_dqn.replay.samplers import PrioritizedSampler, Sampler, UniformSampler
-from sb3_scratch_dqn.replay.stores import Array, DenseStore, Observation, Space
+from sb3_scratch_dqn.replay.stores import Store
 
 
 def _in_store(name: str) -> Any:
@@ -93,13 +94,13 @@ class ScratchReplayBuffer(ReplayBuffer):
         self.sampler: Sampler = UniformSampler()
         if prioritized:
             self.sampler = PrioritizedSampler(n_envs, alpha, beta, beta_final, epsilon)
-        self.store = DenseStore(
+        keeper = SharedObservations if optimize_memory_usage else DenseObservations
+        self.store = Store(
             self.buffer_size,
             n_envs,
-            observation_space,
+            keeper(self.buffer_size, n_envs, observation_space),
             self.action_dim,
             np.dtype(self._maybe_cast_dtype(action_space.dtype)),
-            share_next=optimize_memory_usage,
         )
 
     def use_sampler(self, sampler: Sampler) -> None:
@@ -113,8 +114,6 @@ class ScratchReplayBuffer(ReplayBuffer):
 
         :raises AttributeError: with ``optimize_memory_usage``, which keeps it in ``observations`` alone
         """
-        if self.optimize_memory_usage:
-            raise AttributeError("with optimize_memory_usage, what came next is the following row of observations")
         return self.store.next_observations
 
     @next_observations.setter
@@ -158,12 +157,13 @@ class ScratchReplayBuffer(ReplayBuffer):
         """
         rows, envs, weights = self.sampler.draw(self, batch_size)
         fold = self._fold(rows, envs, env, self.gamma if gamma is None else gamma)
+        observations, next_observations = self.store.read_both(rows, fold.last_rows, envs)
         return Batch(
-            observations=self._observation_tensor(self.store.read_observations(rows, envs), env),
-            actions=self._tensor(self.actions[rows, envs, 0]).long(),
+            observations=self._observation_tensor(observations, env),
+            actions=self._tensor(self.store.actions[rows, envs, 0]).long(),
             returns=self._tensor(fold.returns),
             discounts=self._tensor((1 - fold.terminated) * fold.discounts),
-            next_observations=self._observation_tensor(self.store.read_next_observations(fold.last_rows, envs), env),
+            next_observations=self._observation_tensor(next_observations, env),
             weights=weights,
             action_masks=self._mask_tensor(self.store.action_masks, rows, envs),
             next_action_masks=self._mask_tensor(self.store.next_action_masks, fold.last_rows, envs),
@@ -199,13 +199,14 @@ class ScratchReplayBuffer(ReplayBuffer):
         self, rows: Array, envs: Array, env: VecNormalize | None
     ) -> ReplayBufferSamples | DictReplayBufferSamples:
         fold = self._fold(rows, envs, env, self.gamma)
+        observations, next_observations = self.store.read_both(rows, fold.last_rows, envs)
         columns: type[Any] = ReplayBufferSamples
         if isinstance(self.observation_space, spaces.Dict):
             columns = DictReplayBufferSamples
         samples: ReplayBufferSamples | DictReplayBufferSamples = columns(
-            observations=self._observation_tensor(self.store.read_observations(rows, envs), env),
-            actions=self._tensor(self.actions[rows, envs]),
-            next_observations=self._observation_tensor(self.store.read_next_observations(fold.last_rows, envs), env),
+            observations=self._observation_tensor(observations, env),
+            actions=self._tensor(self.store.actions[rows, envs]),
+            next_observations=self._observation_tensor(next_observations, env),
             dones=self._tensor(fold.terminated[:, None]),
             rewards=self._tensor(fold.returns[:, None]),
             discounts=self._tensor(fold.discounts[:, None]) if self.n_steps > 1 else None,

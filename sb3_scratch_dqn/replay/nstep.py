@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sb3_scratch_dqn.replay.stores import Array, DenseStore
+from sb3_scratch_dqn.replay.observations import Array
+from sb3_scratch_dqn.replay.stores import Store
 
 Floats = npt.NDArray[np.float32]
 
@@ -37,7 +38,7 @@ class Fold(NamedTuple):
 
 
 def fold_one_step(
-    store: DenseStore,
+    store: Store,
     rows: Array,
     envs: Array,
     gamma: float,
@@ -53,7 +54,7 @@ def fold_one_step(
 
 
 def fold_n_steps(
-    store: DenseStore,
+    store: Store,
     rows: Array,
     envs: Array,
     gamma: float,

@@ -1,65 +1,48 @@
 """Where transitions lie in memory.
 
 A store is a ring of ``capacity`` rows, one row a call of ``env.step()``, with one column an environment:
-every array is ``(rows, n_envs, ...)``. Observations are an array, or a dict of arrays for ``Dict`` spaces;
-:func:`map_observation` treats both alike.
+every array is ``(rows, n_envs, ...)``. What was observed is left to a keeper
+(:mod:`sb3_scratch_dqn.replay.observations`).
 """
 
-from collections.abc import Callable
 from copy import copy
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from gymnasium import spaces
-from stable_baselines3.common.preprocessing import get_obs_shape
 
-Array = npt.NDArray[Any]
-Observation = Array | dict[str, Array]
-Space = spaces.Space[Any]
+from sb3_scratch_dqn.replay.observations import (
+    Array,
+    Observation,
+    Observations,
+    resized,
+    row_bytes,
+    take_array,
+)
 
-# A store begins with this many rows, so that small buffers never grow.
+# A store begins with about this many rows, so that small buffers never grow
 _FIRST_ROWS = 256
 
 
-def map_observation(function: Callable[[Array], Array], observation: Observation) -> Observation:
-    """Apply ``function`` to an observation's array, or to each array of a dict of them."""
-    if isinstance(observation, dict):
-        return {key: function(value) for key, value in observation.items()}
-    return function(observation)
-
-
-def _resized(array: Array, rows: int) -> Array:
-    resized = np.zeros((rows, *array.shape[1:]), dtype=array.dtype)
-    kept = min(rows, len(array))
-    resized[:kept] = array[:kept]
-    return resized
-
-
-class DenseStore:
-    """Every observation in full, twice: as what was observed and as what came next.
+class Store:
+    """Transitions: what was observed, done and received, and how it ended.
 
     Memory is asked for as the store fills: the rows double until they reach ``capacity``. Rows that were never
     written are zero.
 
     :param capacity: the most rows that the store will hold
     :param n_envs: number of environments
-    :param observation_space: what the environments observe; ``Dict`` spaces must not be nested
+    :param observations: keeps what is observed, for a ring of the same capacity
     :param action_dim: numbers in one action
     :param action_dtype: the dtype of these numbers
-    :param share_next: keep each observation once: what came next is then read from the row that follows,
-        which halves the memory and makes what follows the last step of an episode the first observation
-        of the next one
 
     Masks of allowed actions, ``(rows, n_envs, A)``, are kept from the first that is written on; before that they are
     ``None``, and cost nothing.
     """
 
-    ARRAYS: ClassVar = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+    COLUMNS: ClassVar = ("actions", "rewards", "dones", "timeouts")
     MASKS: ClassVar = ("action_masks", "next_action_masks")
 
-    observations: Observation
-    next_observations: Observation
     actions: Array
     rewards: npt.NDArray[np.float32]
     dones: npt.NDArray[np.float32]
@@ -68,68 +51,70 @@ class DenseStore:
     next_action_masks: npt.NDArray[np.bool_] | None = None
 
     def __init__(
-        self,
-        capacity: int,
-        n_envs: int,
-        observation_space: Space,
-        action_dim: int,
-        action_dtype: npt.DTypeLike,
-        share_next: bool = False,
+        self, capacity: int, n_envs: int, observations: Observations, action_dim: int, action_dtype: npt.DTypeLike
     ) -> None:
         self.capacity = capacity
-        self.share_next = share_next
         self.rows = 0
-
-        def empty(space: Space) -> Array:
-            return np.zeros((0, n_envs, *get_obs_shape(space)), dtype=space.dtype)
-
-        if isinstance(observation_space, spaces.Dict):
-            self.observations = {key: empty(space) for key, space in observation_space.spaces.items()}
-        else:
-            self.observations = empty(observation_space)
-        self.next_observations = {} if share_next else map_observation(np.copy, self.observations)
+        self.kept = observations
         self.actions = np.zeros((0, n_envs, action_dim), dtype=action_dtype)
         self.rewards = np.zeros((0, n_envs), dtype=np.float32)
         self.dones = np.zeros((0, n_envs), dtype=np.float32)
         self.timeouts = np.zeros((0, n_envs), dtype=np.float32)
+
+    @property
+    def observations(self) -> Observation:
+        """What was observed, ``(rows, n_envs, ...)``."""
+        return self.kept.observations
+
+    @property
+    def next_observations(self) -> Observation:
+        """What came next, ``(rows, n_envs, ...)``.
+
+        :raises AttributeError: if each observation is kept once
+        """
+        return self.kept.next_observations
+
+    def replace(self, name: str, value: Observation) -> None:
+        """Put other arrays in the place of those of this name.
+
+        :raises ValueError: if they are of another kind or shape
+        """
+        if name not in self.COLUMNS:
+            self.kept.replace(name, value)
+            return
+        current = getattr(self, name)
+        if isinstance(value, dict) or value.shape != current.shape:
+            raise ValueError(f"{name} must be replaced by what has the same shape, {current.shape}")
+        setattr(self, name, value)
 
     def reserve(self, rows: int) -> None:
         """Have memory for at least ``rows`` rows.
 
         :param rows: at most ``capacity``
         """
-        if rows > self.rows:
-            self._resize(min(max(rows, 2 * self.rows, _FIRST_ROWS), self.capacity))
+        if rows <= self.rows:
+            return
+        # The capacity over a power of two, so that the last step copies one half and not nearly all
+        size = self.capacity
+        while size >= 2 * max(rows, _FIRST_ROWS):
+            size = -(-size // 2)
+        self._resize(size)
 
-    def replace(self, name: str, value: Observation) -> None:
-        """Put other arrays in the place of one of ``ARRAYS``.
-
-        :raises ValueError: if they are of another kind or shape
-        """
-        current = getattr(self, name)
-
-        def shapes(observation: Observation) -> Any:
-            return {k: v.shape for k, v in observation.items()} if isinstance(observation, dict) else observation.shape
-
-        if isinstance(value, dict) != isinstance(current, dict) or shapes(value) != shapes(current):
-            raise ValueError(f"{name} must be replaced by what has the same shape, {shapes(current)}")
-        setattr(self, name, value)
-
-    def trimmed(self, rows: int) -> "DenseStore":
+    def trimmed(self, rows: int) -> "Store":
         """A store that holds the first ``rows`` rows, for saving; it grows again when written to."""
         store = copy(self)
+        store.kept = copy(self.kept)
         store._resize(min(rows, self.rows))
         return store
 
     def _resize(self, rows: int) -> None:
-        for name in self.ARRAYS:
-            setattr(self, name, map_observation(lambda array: _resized(array, rows), getattr(self, name)))
+        self.kept.resize(rows)
+        for name in self.COLUMNS:
+            setattr(self, name, resized(getattr(self, name), rows))
         for name in self.MASKS:
             masks = getattr(self, name)
             if masks is not None:
-                resized = np.ones((rows, *masks.shape[1:]), dtype=bool)
-                resized[: len(masks)] = masks[:rows]
-                setattr(self, name, resized)
+                setattr(self, name, resized(masks, rows, fill=True))
         self.rows = rows
 
     def write(
@@ -143,13 +128,8 @@ class DenseStore:
         timeout: Array | float,
     ) -> None:
         """Put one step of every environment into ``row``; each argument is ``(n_envs, ...)``."""
-        following = (row + 1) % self.capacity
-        self.reserve(max(row, following if self.share_next else row) + 1)
-        self._put(self.observations, row, observation)
-        if self.share_next:
-            self._put(self.observations, following, next_observation)
-        else:
-            self._put(self.next_observations, row, next_observation)
+        self.reserve(min(row + 1 + self.kept.rows_ahead, self.capacity))
+        self.kept.write(row, observation, next_observation)
         self.actions[row] = action.reshape(self.actions.shape[1:])
         self.rewards[row] = reward
         self.dones[row] = done
@@ -170,22 +150,40 @@ class DenseStore:
                 setattr(self, name, np.ones((self.rows, *np.shape(value)), dtype=bool))
             getattr(self, name)[row] = value
 
-    @staticmethod
-    def _put(target: Observation, row: int, value: Observation) -> None:
-        if isinstance(target, dict):
-            assert isinstance(value, dict)
-            for key, array in target.items():
-                array[row] = np.asarray(value[key]).reshape(array.shape[1:])
-        else:
-            # Observations of Discrete spaces come as (n_envs,)
-            target[row] = np.asarray(value).reshape(target.shape[1:])
+    def read_both(self, rows: Array, last_rows: Array, envs: Array) -> tuple[Observation, Observation]:
+        """What was observed in ``rows``, and one step after ``last_rows``; copies, ``(B, *observation_shape)``.
 
-    def read_observations(self, rows: Array, envs: Array) -> Observation:
-        """What was observed in these rows and environments, each ``(B,)``; a copy, ``(B, *observation_shape)``."""
-        return map_observation(lambda array: array[rows, envs], self.observations)
+        :param rows: ``(B,)``
+        :param last_rows: ``(B,)``; ``rows`` itself where the steps are single ones
+        :param envs: ``(B,)``
+        """
+        return self.kept.read_both(rows, last_rows, envs)
 
-    def read_next_observations(self, rows: Array, envs: Array) -> Observation:
-        """What was observed one step after these rows, each ``(B,)``; a copy, ``(B, *observation_shape)``."""
-        if self.share_next:
-            return self.read_observations((rows + 1) % self.capacity, envs)
-        return map_observation(lambda array: array[rows, envs], self.next_observations)
+    def bytes_of(self, rows: int) -> int:
+        """The memory that this many rows take."""
+        columns = [getattr(self, name) for name in self.COLUMNS]
+        columns += [masks for masks in (self.action_masks, self.next_action_masks) if masks is not None]
+        return rows * sum(row_bytes(array) for array in columns) + self.kept.bytes_of(rows)
+
+    def arrays(self) -> dict[str, Array]:
+        """All arrays, by name, for a file."""
+        masks = {name: getattr(self, name) for name in self.MASKS if getattr(self, name) is not None}
+        return {**{name: getattr(self, name) for name in self.COLUMNS}, **masks, **self.kept.arrays()}
+
+    def restore(self, arrays: dict[str, Array], rows: int, n_actions: int) -> None:
+        """Hold what another store of the same kind held.
+
+        :param arrays: as :meth:`arrays` gave them
+        :param rows: how many rows they have
+        :param n_actions: ``A`` of the masks, if there are any
+        :raises ValueError: naming an array that is missing, or has another shape or dtype than it must
+        """
+        taken: dict[str, Any] = {name: take_array(arrays, name, getattr(self, name)) for name in self.COLUMNS}
+        like = np.zeros((0, self.rewards.shape[1], n_actions), dtype=bool)
+        taken.update({name: take_array(arrays, name, like) for name in self.MASKS if name in arrays})
+        for name, array in taken.items():
+            if len(array) != rows:
+                raise ValueError(f"its array {name!r} has {len(array)} rows, but must have {rows}")
+        self.kept.restore(arrays)
+        vars(self).update(taken)
+        self.rows = rows
