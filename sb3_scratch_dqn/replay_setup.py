@@ -7,7 +7,9 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_scratch_dqn.conversion import PLAIN_BUFFERS, to_scratch_buffer
-from sb3_scratch_dqn.replay import ScratchReplayBuffer
+from sb3_scratch_dqn.replay import NotStackedError, ScratchReplayBuffer, Stacking
+from sb3_scratch_dqn.replay.frames import StackedFrames
+from sb3_scratch_dqn.stacking import find_stacking
 
 if TYPE_CHECKING:
     from sb3_scratch_dqn.dqn import ScratchDQN
@@ -22,6 +24,9 @@ def make_replay_buffer(model: "ScratchDQN") -> ReplayBuffer:
     buffer_class, kwargs = model.replay_buffer_class or ScratchReplayBuffer, dict(model.replay_buffer_kwargs)
     if issubclass(buffer_class, ScratchReplayBuffer):
         kwargs.update(n_steps=model.n_steps, gamma=model.gamma)
+        stacking = _stacking(model, kwargs.pop("frames", "auto"))
+        if stacking is not None:
+            kwargs["frames"] = stacking
     elif model.n_steps > 1:
         warnings.warn(
             f"`n_steps={model.n_steps}` is ignored because `replay_buffer_class={buffer_class.__name__}` was given: "
@@ -41,6 +46,33 @@ def make_replay_buffer(model: "ScratchDQN") -> ReplayBuffer:
         optimize_memory_usage=model.optimize_memory_usage,
         **kwargs,
     )
+
+
+def _stacking(model: "ScratchDQN", frames: object) -> Stacking | None:
+    """How replay is to keep frames once; ``None`` for each observation in full.
+
+    :param model: whose environment and spaces count
+    :param frames: the setting
+    """
+    if frames not in ("auto", True, False):
+        raise ValueError(f"frames={frames!r} must be 'auto', True or False")
+    if frames is False or (frames == "auto" and model.optimize_memory_usage):
+        return None
+    stacking = None if model.env is None else find_stacking(model.env)
+    if stacking is not None:
+        try:
+            StackedFrames(1, 1, model.observation_space, stacking)
+        except NotStackedError as reason:
+            if frames is True:
+                raise
+            warnings.warn(f"replay keeps each observation in full: env stacks frames, but {reason}", stacklevel=4)
+            return None
+    elif frames is True and model.env is not None:
+        raise ValueError(
+            "frames=True needs an env that stacks its frames by VecFrameStack, or by FrameStackObservation "
+            "padded with zeros or the first frame"
+        )
+    return stacking
 
 
 def adapt_replay_buffer(buffer: ReplayBuffer, model: "ScratchDQN") -> ReplayBuffer:

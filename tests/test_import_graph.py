@@ -26,7 +26,8 @@ ALLOWED = {
     "acting": {"checked_algorithm", "exploration", "masks", "policies", "replay"},
     "settings": {"checks", "engines", "exploration", "heads", "masks", "policies", "replay", "td"},
     "conversion": {"files", "heads", "policies", "replay"},
-    "replay_setup": {"conversion", "replay"},
+    "stacking": {"replay"},
+    "replay_setup": {"conversion", "replay", "stacking"},
     "dqn": {
         "acting", "checks", "conversion", "engines", "exploration", "files", "heads", "networks", "policies", "replay",
         "replay_setup", "settings", "target_sync", "td",

@@ -178,7 +178,7 @@ def test_a_store_ends_with_a_doubling_and_never_exceeds_its_capacity():
     # Copying the last time takes half of the capacity beside the whole, and not nearly all of it
     assert sizes == [275, 550, 1100]
     assert store.observations.shape == (1100, 2, 2)
-    assert store.bytes_of(1100) == sum(array.nbytes for array in store.arrays().values())
+    assert store.bytes_of(1100) == sum(array.nbytes for array in store.arrays(1100).values())
 
 
 def test_copies_and_pickles_hold_what_was_filled():

@@ -2,5 +2,14 @@
 
 from sb3_scratch_dqn.replay.batch import Batch
 from sb3_scratch_dqn.replay.buffer import BatchSource, ScratchReplayBuffer, batch_source, check_sampling
+from sb3_scratch_dqn.replay.frames import NotStackedError, Stacking
 
-__all__ = ["Batch", "BatchSource", "ScratchReplayBuffer", "batch_source", "check_sampling"]
+__all__ = [
+    "Batch",
+    "BatchSource",
+    "NotStackedError",
+    "ScratchReplayBuffer",
+    "Stacking",
+    "batch_source",
+    "check_sampling",
+]

@@ -14,8 +14,16 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_scratch_dqn.checks import check_flag
 from sb3_scratch_dqn.replay.batch import Batch, batch_from_samples
+from sb3_scratch_dqn.replay.frames import StackedFrames, Stacking
 from sb3_scratch_dqn.replay.nstep import Floats, Fold, fold_n_steps, fold_one_step
-from sb3_scratch_dqn.replay.observations import Array, DenseObservations, Observation, SharedObservations, Space
+from sb3_scratch_dqn.replay.observations import (
+    Array,
+    DenseObservations,
+    Observation,
+    Observations,
+    SharedObservations,
+    Space,
+)
 from sb3_scratch_dqn.replay.samplers import PrioritizedSampler, Sampler, UniformSampler
 from sb3_scratch_dqn.replay.stores import Store
 
@@ -46,8 +54,10 @@ class ScratchReplayBuffer(ReplayBuffer):
     :param beta: at the beginning of training
     :param beta_final: at its end
     :param epsilon: added to every priority
-    :raises ValueError: if ``optimize_memory_usage`` and ``handle_timeout_termination`` are both set, or observations
-        that are kept once have not two rows
+    :param frames: how observations are stacked of frames, each of which is then kept once
+    :raises ValueError: if ``optimize_memory_usage`` and ``handle_timeout_termination`` are both set, or ``frames``
+        beside it, or observations that are kept once have not two rows
+    :raises NotStackedError: if the observations have no room for such a stack
     """
 
     observations = _in_store("observations")
@@ -72,6 +82,7 @@ class ScratchReplayBuffer(ReplayBuffer):
         beta: float = 0.4,
         beta_final: float = 1.0,
         epsilon: float = 1e-6,
+        frames: Stacking | None = None,
     ) -> None:
         # ReplayBuffer.__init__ would allocate the whole buffer
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
@@ -86,6 +97,8 @@ class ScratchReplayBuffer(ReplayBuffer):
                 f"buffer_size={buffer_size} must be at least {2 * n_envs} with optimize_memory_usage=True: "
                 "what came next takes a row of its own in each environment"
             )
+        if optimize_memory_usage and frames is not None:
+            raise ValueError("optimize_memory_usage=True needs frames=False: frames are kept once in another way")
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
         self.n_steps = n_steps
@@ -94,14 +107,25 @@ class ScratchReplayBuffer(ReplayBuffer):
         self.sampler: Sampler = UniformSampler()
         if prioritized:
             self.sampler = PrioritizedSampler(n_envs, alpha, beta, beta_final, epsilon)
-        keeper = SharedObservations if optimize_memory_usage else DenseObservations
-        self.store = Store(
-            self.buffer_size,
-            n_envs,
-            keeper(self.buffer_size, n_envs, observation_space),
-            self.action_dim,
-            np.dtype(self._maybe_cast_dtype(action_space.dtype)),
-        )
+        self.frames = frames
+        self.store = self._make_store()
+
+    def _make_store(self) -> Store:
+        keeper: Observations
+        if self.frames is not None:
+            keeper = StackedFrames(self.buffer_size, self.n_envs, self.observation_space, self.frames)
+        elif self.optimize_memory_usage:
+            keeper = SharedObservations(self.buffer_size, self.n_envs, self.observation_space)
+        else:
+            keeper = DenseObservations(self.buffer_size, self.n_envs, self.observation_space)
+        action_dtype = np.dtype(self._maybe_cast_dtype(self.action_space.dtype))
+        return Store(self.buffer_size, self.n_envs, keeper, self.action_dim, action_dtype)
+
+    def reset(self) -> None:
+        """Forget all transitions, and their priorities."""
+        super().reset()
+        self.store = self._make_store()
+        self.sampler = self.sampler.fresh()
 
     def use_sampler(self, sampler: Sampler) -> None:
         """Sample in another way from now on; priorities, if there were any, are kept."""
@@ -233,13 +257,26 @@ class ScratchReplayBuffer(ReplayBuffer):
             return {key: self._tensor(value) for key, value in normalized.items()}
         return self._tensor(normalized)
 
+    def end_trajectories(self) -> None:
+        """Let no step that is added from now on count as the continuation of one that was.
+
+        The newest steps count as truncated, if their episodes go on.
+        """
+        if self.size() > 0:
+            newest = (self.pos - 1) % self.buffer_size
+            self.store.timeouts[newest] = np.maximum(self.store.timeouts[newest], 1 - self.store.dones[newest])
+
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy what was filled, not what was reserved."""
         state = self.__dict__.copy()
-        # With shared observations the newest transition needs the row that follows it
-        used = self.buffer_size if self.full else min(self.pos + self.optimize_memory_usage, self.buffer_size)
-        state["store"] = self.store.trimmed(used)
+        state["store"] = self.store.trimmed(self.used_rows)
         return state
+
+    @property
+    def used_rows(self) -> int:
+        """Rows that hold something."""
+        # With shared observations the newest transition needs the row that follows it
+        return self.buffer_size if self.full else min(self.pos + self.optimize_memory_usage, self.buffer_size)
 
 
 @dataclass(frozen=True)

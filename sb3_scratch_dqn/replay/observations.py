@@ -92,8 +92,8 @@ class Observations(Protocol):
     def resize(self, rows: int) -> None:
         """Hold this many rows from now on."""
 
-    def arrays(self) -> dict[str, Array]:
-        """Everything that was written, by name, for a file."""
+    def arrays(self, rows: int) -> dict[str, Array]:
+        """All that these first rows need, by name, for a file; not copied."""
 
     def restore(self, arrays: dict[str, Array]) -> None:
         """Take the place of the keeper that gave ``arrays``.
@@ -205,9 +205,11 @@ class DenseObservations:
         for name in self.names:
             setattr(self, name, map_observation(lambda array: resized(array, rows), getattr(self, name)))
 
-    def arrays(self) -> dict[str, Array]:
-        """All arrays, by name."""
-        return {part: array for name in self.names for part, array in named_parts(name, getattr(self, name)).items()}
+    def arrays(self, rows: int) -> dict[str, Array]:
+        """All that these first rows need, by name, for a file; not copied."""
+        return {
+            part: array[:rows] for name in self.names for part, array in named_parts(name, getattr(self, name)).items()
+        }
 
     def restore(self, arrays: dict[str, Array]) -> None:
         """Take the place of the keeper that gave ``arrays``.
@@ -224,7 +226,7 @@ class DenseObservations:
 
     def bytes_of(self, rows: int) -> int:
         """The memory that this many rows take."""
-        return rows * sum(row_bytes(array) for array in self.arrays().values())
+        return rows * sum(row_bytes(array) for array in self.arrays(rows).values())
 
 
 class SharedObservations(DenseObservations):

@@ -65,6 +65,9 @@ class Sampler(Protocol):
     def succeed(self, other: "Sampler", buffer: Ring) -> None:
         """Take the place of another sampler of this buffer, and learn what it knew."""
 
+    def fresh(self) -> "Sampler":
+        """One of the same kind that knows nothing yet."""
+
 
 def _refuse_empty(buffer: Ring) -> None:
     if buffer.size() == 0:
@@ -106,6 +109,10 @@ class UniformSampler:
 
     def succeed(self, other: Sampler, buffer: Ring) -> None:
         """Nothing to learn."""
+
+    def fresh(self) -> "UniformSampler":
+        """There is nothing that it could know."""
+        return self
 
 
 class PrioritizedSampler:
@@ -197,3 +204,9 @@ class PrioritizedSampler:
         oldest = buffer.pos if buffer.full else 0
         for age in range(buffer.size()):
             self.written(buffer, (oldest + age) % buffer.buffer_size)
+
+    def fresh(self) -> "PrioritizedSampler":
+        """One with the same settings that knows no priorities."""
+        other = PrioritizedSampler(self.n_envs, self.alpha, self.beta, self.beta_final, self.epsilon)
+        other.progress_remaining = self.progress_remaining
+        return other

@@ -5,12 +5,14 @@ every array is ``(rows, n_envs, ...)``. What was observed is left to a keeper
 (:mod:`sb3_scratch_dqn.replay.observations`).
 """
 
+import warnings
 from copy import copy
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from sb3_scratch_dqn.replay.frames import NotStackedError, StackedFrames
 from sb3_scratch_dqn.replay.observations import (
     Array,
     Observation,
@@ -129,7 +131,17 @@ class Store:
     ) -> None:
         """Put one step of every environment into ``row``; each argument is ``(n_envs, ...)``."""
         self.reserve(min(row + 1 + self.kept.rows_ahead, self.capacity))
-        self.kept.write(row, observation, next_observation)
+        try:
+            self.kept.write(row, observation, next_observation)
+        except NotStackedError as reason:
+            assert isinstance(self.kept, StackedFrames)
+            warnings.warn(
+                f"observations are not stacked as their wrappers say: {reason}. Replay keeps each in full from now on, "
+                f"which takes {2 * self.kept.n_stack} times the memory (frames=False keeps them so from the beginning)",
+                stacklevel=3,
+            )
+            self.kept = self.kept.dense()
+            self.kept.write(row, observation, next_observation)
         self.actions[row] = action.reshape(self.actions.shape[1:])
         self.rewards[row] = reward
         self.dones[row] = done
@@ -165,10 +177,13 @@ class Store:
         columns += [masks for masks in (self.action_masks, self.next_action_masks) if masks is not None]
         return rows * sum(row_bytes(array) for array in columns) + self.kept.bytes_of(rows)
 
-    def arrays(self) -> dict[str, Array]:
-        """All arrays, by name, for a file."""
-        masks = {name: getattr(self, name) for name in self.MASKS if getattr(self, name) is not None}
-        return {**{name: getattr(self, name) for name in self.COLUMNS}, **masks, **self.kept.arrays()}
+    def arrays(self, rows: int) -> dict[str, Array]:
+        """All that the first rows need, by name, for a file; not copied."""
+        columns = {name: getattr(self, name) for name in (*self.COLUMNS, *self.MASKS)}
+        return {
+            **{name: array[:rows] for name, array in columns.items() if array is not None},
+            **self.kept.arrays(rows),
+        }
 
     def restore(self, arrays: dict[str, Array], rows: int, n_actions: int) -> None:
         """Hold what another store of the same kind held.

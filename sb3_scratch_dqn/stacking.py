@@ -1,0 +1,42 @@
+"""What the wrappers of an environment say about frames stacked in its observations.
+
+It is a guess, because further wrappers may change the observations: replay compares it with what arrives.
+"""
+
+from gymnasium import spaces
+from gymnasium.wrappers import FrameStackObservation
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecTransposeImage
+
+from sb3_scratch_dqn.replay import Stacking
+
+
+def find_stacking(env: VecEnv) -> Stacking | None:
+    """How SB3's ``VecFrameStack`` or gymnasium's ``FrameStackObservation`` stacks what ``env`` observes.
+
+    :param env: the environments, as a model has them
+    :return: ``None`` if they do not, or pad with observations of the user's
+    """
+    transposer: VecTransposeImage | None = None
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecFrameStack):
+            return Stacking(env.stacked_obs.n_stack, _axes(env, transposer), "zero")
+        if isinstance(env, VecTransposeImage) and not env.skip:
+            transposer = env
+        env = env.venv
+    if not all(env.env_is_wrapped(FrameStackObservation)):
+        return None
+    n_stacks, paddings = set(env.get_attr("stack_size")), set(env.get_attr("padding_type"))
+    if len(n_stacks) != 1 or len(paddings) != 1 or not paddings <= {"reset", "zero"}:
+        return None
+    keys = env.observation_space.spaces if isinstance(env.observation_space, spaces.Dict) else None
+    axes = 0 if keys is None else dict.fromkeys(keys, 0)
+    return Stacking(n_stacks.pop(), axes, "first" if paddings == {"reset"} else "zero")
+
+
+def _axes(env: VecFrameStack, transposer: VecTransposeImage | None) -> int | dict[str, int]:
+    """The axis of the frames; the first one where channels, which were the last, are transposed."""
+    if not isinstance(env.observation_space, spaces.Dict):
+        return env.stacked_obs.repeat_axis if transposer is None else 0
+    transposed = [] if transposer is None else transposer.image_space_keys
+    parts = env.stacked_obs.sub_stacked_observations
+    return {key: 0 if key in transposed else part.repeat_axis for key, part in parts.items()}
