@@ -150,7 +150,7 @@ def to_sb3(model: "ScratchDQN") -> "DQN":
     if isinstance(buffer, ScratchReplayBuffer) and not isinstance(buffer.sampler, UniformSampler):
         lost.append("prioritized=True")
     if isinstance(buffer, ScratchReplayBuffer):
-        for name in SAMPLER_SETTINGS:
+        for name in (*SAMPLER_SETTINGS, "frames"):
             changed["replay_buffer_kwargs"].pop(name, None)
         if buffer.store.action_masks is not None:
             lost.append("action masks")

@@ -20,7 +20,7 @@ from sb3_scratch_dqn.heads import LOSSES
 from sb3_scratch_dqn.networks import QNetwork
 from sb3_scratch_dqn.policies import CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source, check_sampling
-from sb3_scratch_dqn.replay_setup import adapt_replay_buffer, make_replay_buffer
+from sb3_scratch_dqn.replay_setup import adapt_replay_buffer, make_replay_buffer, renew_replay_buffer, warn_of_memory
 from sb3_scratch_dqn.settings import check_combination, check_settings
 from sb3_scratch_dqn.target_sync import sync_is_due
 from sb3_scratch_dqn.td import MunchausenSettings, Objective
@@ -293,11 +293,22 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
         checks.check_duration(total_timesteps)
         if reset_num_timesteps:
             self._episodes_finished = 0
+        if reset_num_timesteps or self._last_obs is None:  # the environments will be reset
+            self._end_trajectories()
         prepared = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         self._find_masks()  # of environments that are reset by now
         assert self.replay_buffer is not None
         check_sampling(self.replay_buffer, masked=self._masks is not None)
+        warn_of_memory(self.replay_buffer, self)
         return prepared
+
+    def _end_trajectories(self) -> None:
+        """Let no return of several steps reach over a reset that replay knows nothing of.
+
+        Returns of one step do not look further, and observations that are kept once SB3 sees to.
+        """
+        if isinstance(self.replay_buffer, ScratchReplayBuffer) and self.n_steps > 1 and not self.optimize_memory_usage:
+            self.replay_buffer.end_trajectories()
 
     def _on_step(self) -> None:
         self._n_calls += 1
@@ -341,7 +352,18 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
                 self.logger.record(name, value)
             self._engine.last_update = None
 
-    # Files and SB3's DQN
+    # Environments, files and SB3's DQN
+
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+        """Go on in another environment, of the same spaces.
+
+        :param env: the environment, or its name
+        :param force_reset: reset it before training goes on
+        :raises ValueError: if its spaces differ from the model's
+        :raises AssertionError: if it is another number of environments
+        """
+        super().set_env(env, force_reset)
+        self.replay_buffer = renew_replay_buffer(self)
 
     def load_replay_buffer(self, path: Path, truncate_last_traj: bool = True) -> None:
         """Load a saved replay buffer; see :class:`CheckedOffPolicyAlgorithm`.

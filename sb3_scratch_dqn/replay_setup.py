@@ -7,8 +7,10 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_scratch_dqn.conversion import PLAIN_BUFFERS, to_scratch_buffer
+from sb3_scratch_dqn.memory import available_memory
 from sb3_scratch_dqn.replay import NotStackedError, ScratchReplayBuffer, Stacking
 from sb3_scratch_dqn.replay.frames import StackedFrames
+from sb3_scratch_dqn.replay.observations import DenseObservations
 from sb3_scratch_dqn.stacking import find_stacking
 
 if TYPE_CHECKING:
@@ -73,6 +75,50 @@ def _stacking(model: "ScratchDQN", frames: object) -> Stacking | None:
             "padded with zeros or the first frame"
         )
     return stacking
+
+
+def renew_replay_buffer(model: "ScratchDQN") -> ReplayBuffer | None:
+    """What keeps the transitions of a model after its environment was changed.
+
+    :param model: whose settings are its attributes
+    :return: its buffer; or, if that is empty and would be made otherwise for the environment, a new one
+    """
+    buffer = model.replay_buffer
+    if type(buffer) is ScratchReplayBuffer and buffer.size() == 0:
+        fresh = make_replay_buffer(model)
+        assert isinstance(fresh, ScratchReplayBuffer)
+        if fresh.frames != buffer.frames:
+            return fresh
+    return buffer
+
+
+def warn_of_memory(buffer: ReplayBuffer, model: "ScratchDQN") -> None:
+    """Say so if a full buffer would not fit into memory; SB3's buffers say it themselves.
+
+    :param buffer: the buffer
+    :param model: whose settings are its attributes
+    """
+    if not isinstance(buffer, ScratchReplayBuffer):
+        return
+    store, available = buffer.store, available_memory()
+    needed = store.bytes_of(store.capacity) + buffer.sampler.bytes_of(store.capacity * buffer.n_envs)
+    held = store.bytes_of(store.rows)
+    if needed - held <= available:
+        return
+    fitting = int(buffer.buffer_size * (held + available) / needed) * buffer.n_envs
+    ways = [f"lower buffer_size ({fitting:,} transitions would fit)"]
+    if isinstance(store.kept, DenseObservations) and not buffer.optimize_memory_usage:
+        if model.env is not None and find_stacking(model.env) is not None:
+            ways.append("keep each frame once by replay_buffer_kwargs=dict(frames=True)")
+        ways.append(
+            "keep each observation once by optimize_memory_usage=True and "
+            "replay_buffer_kwargs=dict(handle_timeout_termination=False)"
+        )
+    warnings.warn(
+        f"a full replay buffer of buffer_size={model.buffer_size:,} takes {needed / 1e9:.1f} GB, but only "
+        f"{(held + available) / 1e9:.1f} GB of memory are available: {', or '.join(ways)}",
+        stacklevel=4,
+    )
 
 
 def adapt_replay_buffer(buffer: ReplayBuffer, model: "ScratchDQN") -> ReplayBuffer:

@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3 import DQN
+from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
@@ -89,6 +90,16 @@ class CoinPerEnvDQN(DQN):
                 for coin, a in zip(coins, greedy, strict=True)
             ]
         ), state
+
+
+def end_last_trajectory(model):
+    """Do for SB3 what it should do when its environment is to be reset: end the returns of several steps there.
+
+    A documented departure: SB3's reach into the next episode.
+    """
+    buffer = model.replay_buffer
+    if isinstance(buffer, NStepReplayBuffer):
+        buffer.timeouts[buffer.pos - 1] = 1 - buffer.dones[buffer.pos - 1]
 
 
 def random_states():

@@ -5,7 +5,16 @@ import random
 import numpy as np
 import pytest
 import torch as th
-from helpers import DictEnv, TimeoutEnv, assert_equal, assert_same_training, normalized, random_states, replay_contents
+from helpers import (
+    DictEnv,
+    TimeoutEnv,
+    assert_equal,
+    assert_same_training,
+    end_last_trajectory,
+    normalized,
+    random_states,
+    replay_contents,
+)
 from stable_baselines3 import DQN, PPO, HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.dqn.policies import DQNPolicy as ReferencePolicy
@@ -29,6 +38,7 @@ def go_on(model, make_env, states):
     if isinstance(model.replay_buffer, HerReplayBuffer):
         model.replay_buffer.env = model.env
     set_random_states(states)
+    end_last_trajectory(model)
     model.learn(100, reset_num_timesteps=False)
     return model
 

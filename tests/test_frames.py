@@ -135,7 +135,7 @@ def same_batches(frames, dense, size=16, seed=0):
 @given(
     stacker=st.sampled_from(sorted(STACKERS)),
     name=st.sampled_from(["vector", "channels last", "flat image", "dict"]),
-    capacity=st.integers(1, 30),
+    capacity=st.one_of(st.integers(1, 30), st.just(100_000)),
     steps=st.integers(1, 80),
     n_envs=st.integers(1, 3),
     k=st.integers(1, 5),

@@ -27,7 +27,8 @@ ALLOWED = {
     "settings": {"checks", "engines", "exploration", "heads", "masks", "policies", "replay", "td"},
     "conversion": {"files", "heads", "policies", "replay"},
     "stacking": {"replay"},
-    "replay_setup": {"conversion", "replay", "stacking"},
+    "memory": set(),
+    "replay_setup": {"conversion", "memory", "replay", "stacking"},
     "dqn": {
         "acting", "checks", "conversion", "engines", "exploration", "files", "heads", "networks", "policies", "replay",
         "replay_setup", "settings", "target_sync", "td",

@@ -2,17 +2,22 @@
 
 import copy
 import pickle
+import re
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import pytest
 import torch as th
 from helpers import DictEnv, TimeoutEnv, assert_equal, replay_contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
 
-from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source
+from sb3_scratch_dqn import ScratchDQN, memory
+from sb3_scratch_dqn.memory import available_memory
+from sb3_scratch_dqn.replay import ScratchReplayBuffer, Stacking, batch_source
 from sb3_scratch_dqn.replay.observations import DenseObservations, map_observation
 from sb3_scratch_dqn.replay.stores import Store
 
@@ -191,6 +196,72 @@ def test_copies_and_pickles_hold_what_was_filled():
         restored.add(*next(random_steps(NESTED, 1, 1, np.random.default_rng(1))))
         assert restored.size() == 301
     assert len(buffer.rewards) == 313
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_returns_of_several_steps_do_not_reach_over_a_reset(stacked):
+    def make_env():
+        env = DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2)
+        return VecFrameStack(env, 2) if stacked else env
+
+    model = ScratchDQN("MlpPolicy", make_env(), n_steps=3, buffer_size=1000, train_freq=1, seed=0)
+    cuts = []
+    for steps in (2, 6, 4):
+        model.learn(steps)  # resets the environments, whose episodes have just begun
+        cuts.append(model.replay_buffer.pos - 1)
+    buffer = model.replay_buffer
+    assert cuts == [0, 3, 5]
+    assert not buffer.dones[:6].any()
+    np.testing.assert_array_equal(buffer.timeouts[:6], [[1, 1], [0, 0], [0, 0], [1, 1], [0, 0], [0, 0]])
+    rows, envs = np.arange(6), np.zeros(6, dtype=int)
+    fold = buffer._fold(rows, envs, None, 0.5)
+    np.testing.assert_array_equal(fold.last_rows, [0, 3, 3, 3, 5, 5])
+    np.testing.assert_array_equal(fold.returns, [1, 1.75, 1.5, 1, 1.5, 1])
+    np.testing.assert_array_equal(fold.discounts * (1 - fold.terminated), [0.5, 0.125, 0.25, 0.5, 0.25, 0.5])
+
+
+def test_memory_that_a_full_buffer_would_not_find_is_announced(monkeypatch):
+    monkeypatch.setattr("sb3_scratch_dqn.replay_setup.available_memory", lambda: 10_000_000)
+    settings = {"buffer_size": 1_000_000, "learning_starts": 1000}
+    # 2 x 4 numbers of 4 bytes, 8 for the action, 4 each for the reward, its end and its timeout
+    message = re.escape(
+        "a full replay buffer of buffer_size=1,000,000 takes 0.1 GB, but only 0.0 GB of memory are available: "
+        "lower buffer_size (192,307 transitions would fit), or keep each observation once by "
+        "optimize_memory_usage=True and replay_buffer_kwargs=dict(handle_timeout_termination=False)"
+    )
+    with pytest.warns(UserWarning, match=f"^{message}$"):
+        ScratchDQN("MlpPolicy", "CartPole-v1", **settings).learn(10)
+    stacked = VecFrameStack(DummyVecEnv([lambda: gym.make("CartPole-v1")]), 4)
+    with pytest.warns(UserWarning, match=r"keep each frame once by replay_buffer_kwargs=dict\(frames=True\)"):
+        ScratchDQN("MlpPolicy", stacked, replay_buffer_kwargs={"frames": False}, **settings).learn(10)
+    ScratchDQN("MlpPolicy", "CartPole-v1", buffer_size=100_000, learning_starts=1000).learn(10)  # fits
+
+
+def test_there_is_memory():
+    assert 10_000_000 < available_memory() <= psutil.virtual_memory().total
+
+
+def test_what_a_container_may_still_take_counts(tmp_path, monkeypatch):
+    limit, usage, no_limit = tmp_path / "limit", tmp_path / "usage", tmp_path / "no limit"
+    limit.write_text("1000\n")
+    usage.write_text("700\n")
+    no_limit.write_text("max\n")
+    monkeypatch.setattr(memory, "_CONTAINER_FILES", ((no_limit, usage), (tmp_path / "none", usage), (limit, usage)))
+    assert available_memory() == 300
+
+
+def test_an_environment_of_stacked_frames_given_later_is_found():
+    def make_env():
+        return VecFrameStack(DummyVecEnv([lambda: gym.make("CartPole-v1")]), 2)
+
+    model = ScratchDQN("MlpPolicy", make_env(), replay_buffer_kwargs={"frames": False})
+    model.replay_buffer_kwargs = {}
+    model.set_env(make_env())
+    assert model.replay_buffer.frames == Stacking(2, -1, "zero")
+    model.learn(10)
+    buffer = model.replay_buffer
+    model.set_env(make_env())
+    assert model.replay_buffer is buffer, "what was collected stays"
 
 
 def test_an_empty_buffer_says_so():

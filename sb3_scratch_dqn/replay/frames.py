@@ -145,7 +145,8 @@ class StackedFrames:
 
         step, places = self.steps, len(next(iter(self.frames.values())))
         assert row == step % self.capacity
-        previous_row = (step - 1) % self.capacity
+        # Before the first step there is none: nothing continues it, and the row is not looked at
+        previous_row = (step - 1) % self.capacity if step > 0 else row
         ages = np.where(continued, np.minimum(self.ages[previous_row] + 1, self.n_stack - 1), 0)
         for env in begun:
             if step > 0:

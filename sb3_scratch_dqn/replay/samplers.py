@@ -68,6 +68,9 @@ class Sampler(Protocol):
     def fresh(self) -> "Sampler":
         """One of the same kind that knows nothing yet."""
 
+    def bytes_of(self, transitions: int) -> int:
+        """The memory that it takes for so many transitions."""
+
 
 def _refuse_empty(buffer: Ring) -> None:
     if buffer.size() == 0:
@@ -113,6 +116,10 @@ class UniformSampler:
     def fresh(self) -> "UniformSampler":
         """There is nothing that it could know."""
         return self
+
+    def bytes_of(self, transitions: int) -> int:
+        """None."""
+        return 0
 
 
 class PrioritizedSampler:
@@ -210,3 +217,7 @@ class PrioritizedSampler:
         other = PrioritizedSampler(self.n_envs, self.alpha, self.beta, self.beta_final, self.epsilon)
         other.progress_remaining = self.progress_remaining
         return other
+
+    def bytes_of(self, transitions: int) -> int:
+        """The memory of the tree, which may have room for twice as many values."""
+        return 2 * transitions * self.tree.values.itemsize
