@@ -10,13 +10,24 @@ from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_scratch_dqn.checks import check_same_spaces
-from sb3_scratch_dqn.files import Path, check_saved_by, read_model_settings, read_replay_buffer, read_spaces
+from sb3_scratch_dqn.files import (
+    Path,
+    check_saved_by,
+    opened,
+    read_model_settings,
+    read_pickled_replay_buffer,
+    read_spaces,
+)
+from sb3_scratch_dqn.replay import ScratchReplayBuffer
+from sb3_scratch_dqn.replay_files import is_replay_archive, read_replay_archive, write_replay_buffer
 
 Self = TypeVar("Self", bound="CheckedOffPolicyAlgorithm")
 
@@ -106,16 +117,52 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             reason = str(error).splitlines()[0]
             raise ValueError(f"path={path!r} is a damaged model file: {reason}") from error
 
-    def load_replay_buffer(self, path: Path, truncate_last_traj: bool = True) -> None:
-        """Load a saved replay buffer, this package's or SB3's; the file is a pickle, so trust whom it comes from.
+    def save_replay_buffer(self, path: Path) -> None:
+        """Save the replay buffer: a :class:`ScratchReplayBuffer` as plain arrays, one of another class as a pickle.
 
-        :param path: the file, with or without its ``.pkl``
-        :param truncate_last_traj: with ``HerReplayBuffer``, end the last episode in the buffer where it was cut
-        :raises FileNotFoundError: if there is no such file
-        :raises ValueError: if the file is no replay buffer, or one of other spaces or another number of environments
+        :param path: the file; without a suffix it gets ``.npz``, or ``.pkl`` for a pickle
+        :raises ValueError: if there is no buffer
         """
-        buffer = read_replay_buffer(path)
+        if self.replay_buffer is None:
+            raise ValueError("replay_buffer=None: there is no replay buffer to save")
+        if type(self.replay_buffer) is ScratchReplayBuffer:
+            write_replay_buffer(self.replay_buffer, path)
+        else:
+            super().save_replay_buffer(path)
+
+    def load_replay_buffer(
+        self, path: Path, truncate_last_traj: bool = True, *, allow_pickle: bool | None = None
+    ) -> None:
+        """Load a saved replay buffer, this package's or SB3's.
+
+        :param path: the file, with or without its ``.npz`` or ``.pkl``
+        :param truncate_last_traj: end the last episodes in the buffer where they were cut; false if the environments
+            go on in the middle of them
+        :param allow_pickle: also load pickles, as SB3 saves them. A pickle can run any code, so trust whom it comes
+            from. By default only where ``replay_buffer_class`` is a class that saves nothing else
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if the file is no replay buffer, or one of other spaces or another number of environments;
+            the model keeps the buffer that it had
+        """
         what = f"the replay buffer in path={path!r}"
+        if allow_pickle is None:
+            allow_pickle = self.replay_buffer_class not in (None, ScratchReplayBuffer)
+        with opened(path, ".npz", ".pkl") as file:
+            buffer: ReplayBuffer
+            if is_replay_archive(file):
+                assert isinstance(self.action_space, spaces.Discrete)
+                buffer = read_replay_archive(
+                    file, what, self.observation_space, self.action_space, self.n_envs, self.device
+                )
+            elif allow_pickle:
+                buffer = read_pickled_replay_buffer(file, what)
+            elif file.read(1) == _FIRST_BYTE_OF_PICKLES:
+                raise ValueError(
+                    f"{what} is a pickle, which can run any code when it is loaded: "
+                    "if you trust whom it comes from, pass allow_pickle=True"
+                )
+            else:
+                raise ValueError(f"{what} is no replay buffer file, or was cut short")
         check_same_spaces(what, buffer, self.observation_space, self.action_space)
         if buffer.n_envs != self.n_envs:
             raise ValueError(f"{what} has n_envs={buffer.n_envs}, but must have n_envs={self.n_envs}, as the model")
@@ -128,6 +175,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         buffer.device = self.device
         self.replay_buffer = buffer
 
+
+_FIRST_BYTE_OF_PICKLES = b"\x80"
 
 # What optimisers keep in the shape of a parameter, by the names that PyTorch's give it
 _SHAPED_AS_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum")

@@ -2,10 +2,12 @@
 
 import pathlib
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
@@ -19,6 +21,7 @@ from sb3_scratch_dqn.files import Path
 from sb3_scratch_dqn.heads import LOSSES
 from sb3_scratch_dqn.networks import QNetwork
 from sb3_scratch_dqn.policies import CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
+from sb3_scratch_dqn.prefill import read_transitions, rows_of_environments
 from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source, check_sampling
 from sb3_scratch_dqn.replay_setup import adapt_replay_buffer, make_replay_buffer, renew_replay_buffer, warn_of_memory
 from sb3_scratch_dqn.settings import check_combination, check_settings
@@ -26,6 +29,7 @@ from sb3_scratch_dqn.target_sync import sync_is_due
 from sb3_scratch_dqn.td import MunchausenSettings, Objective
 
 if TYPE_CHECKING:
+    from minari import MinariDataset
     from stable_baselines3.dqn import DQN
 
 # Callbacks write the log too, at times that nobody knows before; figures of an update must lie ready then
@@ -365,14 +369,50 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
         super().set_env(env, force_reset)
         self.replay_buffer = renew_replay_buffer(self)
 
-    def load_replay_buffer(self, path: Path, truncate_last_traj: bool = True) -> None:
+    def load_replay_buffer(
+        self, path: Path, truncate_last_traj: bool = True, *, allow_pickle: bool | None = None
+    ) -> None:
         """Load a saved replay buffer; see :class:`CheckedOffPolicyAlgorithm`.
 
         How steps are folded and sampled are settings of the model, not part of what was stored.
         """
-        super().load_replay_buffer(path, truncate_last_traj)
+        super().load_replay_buffer(path, truncate_last_traj, allow_pickle=allow_pickle)
         assert self.replay_buffer is not None
         self.replay_buffer = adapt_replay_buffer(self.replay_buffer, self)
+        if truncate_last_traj:
+            self._end_trajectories()
+
+    def load_transitions(self, data: "Mapping[str, Any] | ReplayBuffer | MinariDataset | str") -> int:
+        """Put transitions into the replay buffer that somebody else collected, such as demonstrations.
+
+        They are not normalised, as the environment gives them. A transition that the next one does not continue counts
+        as truncated. The environments are reset when training goes on.
+
+        :param data: one of
+
+            - a dict of arrays of ``N`` transitions in their order: ``observations``, ``actions``, ``rewards``,
+              ``next_observations``, ``terminations``; and, where there are any, ``truncations``, ``action_masks`` and
+              ``next_action_masks``, ``(N, A)`` each
+            - a replay buffer of SB3 or this package
+            - a data set of Minari, or the name of one that lies on this machine (``pip install
+              'sb3-scratch-dqn[minari]'``)
+        :return: how many were stored: with several environments, up to ``n_envs - 1`` are left out
+        :raises ValueError: if they do not fit the spaces, or into the buffer; then none was stored
+        """
+        assert self.replay_buffer is not None
+        assert isinstance(self.action_space, spaces.Discrete)
+        transitions = read_transitions(data, self.observation_space, int(self.action_space.n))
+        given, stored = len(transitions.actions), len(transitions.actions) // self.n_envs
+        if not 1 <= stored <= self.replay_buffer.buffer_size:
+            raise ValueError(
+                f"data has {given} transitions, but must have {self.n_envs} to "
+                f"{self.replay_buffer.buffer_size * self.n_envs}, which buffer_size={self.buffer_size} has room for"
+            )
+        self._end_trajectories()
+        for step in rows_of_environments(transitions, self.n_envs):
+            self.replay_buffer.add(*step)
+        self._last_obs = None
+        return stored * self.n_envs
 
     def _excluded_save_params(self) -> list[str]:
         made_by_setup = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target"]

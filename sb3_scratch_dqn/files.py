@@ -8,7 +8,8 @@ import json
 import pathlib
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -86,22 +87,42 @@ def read_spaces(settings: dict[str, Any], custom_objects: dict[str, Any] | None 
     return spaces["observation_space"], spaces["action_space"]
 
 
-def read_replay_buffer(path: Path) -> ReplayBuffer:
-    """Read a pickled replay buffer.
+def read_pickled_replay_buffer(file: Any, what: str) -> ReplayBuffer:
+    """Read a pickled replay buffer, which runs whatever the pickle says.
 
-    :param path: a path, with or without its ``.pkl``, or an open file
-    :raises FileNotFoundError: if there is no such file
+    :param file: an open file
+    :param what: what it is called in messages
     """
-    file = _open(path, "pkl")
     try:
         buffer = pickle.load(file)
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"path={path!r} is no replay buffer file, or was cut short: {error}") from error
-    finally:
-        _release(file, path)
+        raise ValueError(f"{what} is no replay buffer file, or was cut short: {error}") from error
     if not isinstance(buffer, ReplayBuffer):
-        raise ValueError(f"path={path!r} must hold a ReplayBuffer, but holds a {type(buffer).__name__}")
+        raise ValueError(f"{what} must hold a ReplayBuffer, but holds a {type(buffer).__name__}")
     return buffer
+
+
+@contextmanager
+def opened(path: Any, *suffixes: str) -> Iterator[Any]:
+    """A file that is open for reading, and closed afterwards if it was not open before.
+
+    :param path: a path, or an open file, which is left where it was
+    :param suffixes: to try, in this order, if there is no such file and the path has none
+    :raises FileNotFoundError: if there is no such file
+    """
+    if isinstance(path, str | pathlib.Path):
+        places = [pathlib.Path(path), *(pathlib.Path(f"{path}{suffix}") for suffix in suffixes)]
+        place = next((place for place in places if place.is_file()), places[0])
+        with open(place, "rb") as file:
+            yield file
+        return
+    if not isinstance(path, io.BufferedIOBase):
+        raise ValueError(f"path={path!r} must be a path or an open binary file")
+    begin = path.tell()
+    try:
+        yield path
+    finally:
+        path.seek(begin)
 
 
 def _open(path: Any, suffix: str) -> Any:

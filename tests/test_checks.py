@@ -218,13 +218,18 @@ def test_an_environment_of_other_spaces_is_refused(files, make_env):
     assert model.env is env
 
 
+def test_a_pickle_of_something_else_is_refused(files):
+    with pytest.raises(ValueError, match=r"number.pkl.* must hold a ReplayBuffer, but holds a int"):
+        ScratchDQN("MlpPolicy", TimeoutEnv()).load_replay_buffer(files / "number.pkl", allow_pickle=True)
+
+
 @pytest.mark.parametrize(
     ("name", "what"),
     [
         ("cut.pkl", "is no replay buffer file, or was cut short"),
         ("text.pkl", "is no replay buffer file, or was cut short"),
         ("empty.pkl", "is no replay buffer file, or was cut short"),
-        ("number.pkl", "must hold a ReplayBuffer, but holds a int"),
+        ("number.pkl", "is a pickle, which can run any code when it is loaded: .* pass allow_pickle=True"),
         ("cartpole.pkl", "has the observation space Box.*, but the model's is Box"),
         ("two_envs.pkl", "has n_envs=2, but must have n_envs=1"),
     ],

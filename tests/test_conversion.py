@@ -25,6 +25,11 @@ from sb3_scratch_dqn import ScratchDQN, ScratchReplayBuffer
 NAMES = ["small buffer", "n-step", "dict", "hindsight", "observations once", "images", "schedules and optimiser"]
 
 
+def pickled(model):
+    """What a ScratchDQN must be told to load what SB3 saved."""
+    return {"allow_pickle": True} if isinstance(model, ScratchDQN) else {}
+
+
 def set_random_states(states):
     random.setstate(states["python"])
     np.random.set_state(("MT19937", *states["numpy"]))
@@ -78,7 +83,7 @@ def test_a_saved_model_goes_on_after_from_sb3_as_it_would_have(tmp_path):
     loaded = DQN.load(tmp_path / "dqn.zip", env=env)
     converted = ScratchDQN.from_sb3(tmp_path / "dqn", env=env)
     for model in (loaded, converted):
-        model.load_replay_buffer(tmp_path / "replay.pkl")
+        model.load_replay_buffer(tmp_path / "replay.pkl", **pickled(model))
     observations = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
     assert_equal(loaded.predict(observations, deterministic=True), converted.predict(observations, deterministic=True))
 
@@ -169,7 +174,7 @@ def test_a_replay_that_was_loaded_is_converted_as_it_is(other_size, settings, tm
         filled, _ = trained(algorithm, "MlpPolicy", TimeoutEnv, 100, {**SMALL, "buffer_size": other_size, **settings})
         filled.save_replay_buffer(tmp_path / "replay.pkl")
         model, states = trained(algorithm, "MlpPolicy", TimeoutEnv, 100, {**SMALL, "buffer_size": 300})
-        model.load_replay_buffer(tmp_path / "replay.pkl")
+        model.load_replay_buffer(tmp_path / "replay.pkl", **pickled(model))
         converted = ScratchDQN.from_sb3(model) if algorithm is DQN else model.to_sb3()
         assert converted.replay_buffer.buffer_size == other_size
         assert_equal(replay_contents(model.replay_buffer), replay_contents(converted.replay_buffer))

@@ -265,7 +265,7 @@ def test_a_buffer_saved_by_sb3_is_sampled_as_the_model_says(tmp_path, n_steps):
     model = ScratchDQN(
         "MlpPolicy", TimeoutEnv(), n_steps=2, buffer_size=500, replay_buffer_kwargs={"prioritized": True}, seed=0
     )
-    model.load_replay_buffer(tmp_path / "replay.pkl")
+    model.load_replay_buffer(tmp_path / "replay.pkl", truncate_last_traj=False, allow_pickle=True)
     assert isinstance(model.replay_buffer, ScratchReplayBuffer)
     assert model.replay_buffer.n_steps == 2
     assert_equal(replay_contents(reference.replay_buffer), replay_contents(model.replay_buffer))

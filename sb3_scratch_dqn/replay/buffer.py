@@ -275,8 +275,10 @@ class ScratchReplayBuffer(ReplayBuffer):
     @property
     def used_rows(self) -> int:
         """Rows that hold something."""
+        if self.full or self.pos == 0:
+            return self.size()
         # With shared observations the newest transition needs the row that follows it
-        return self.buffer_size if self.full else min(self.pos + self.optimize_memory_usage, self.buffer_size)
+        return min(self.pos + self.optimize_memory_usage, self.buffer_size)
 
 
 @dataclass(frozen=True)

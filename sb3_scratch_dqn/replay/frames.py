@@ -116,11 +116,11 @@ class StackedFrames:
 
         self.steps = 0  # ever written
         self.frames = {
-            key: np.zeros((0, n_envs, *layout.frame_shape), dtype=parts[key].dtype)
+            key: np.zeros((self.n_stack, n_envs, *layout.frame_shape), dtype=parts[key].dtype)
             for key, layout in self.layouts.items()
         }
         self.ages = np.zeros((0, n_envs), dtype=np.uint16)
-        self.last_frames = {key: array[:, 0].copy() for key, array in self.frames.items()}  # (slots, ...)
+        self.last_frames = {key: array[:0, 0].copy() for key, array in self.frames.items()}  # (slots, ...)
         self.last_slots = np.full((0, n_envs), -1, dtype=np.int32)  # -1: the following row continues this one
         self.free_slots: list[int] = []
         # What came next in the newest row, (n_envs, k, ...), to compare the following observation with
@@ -309,38 +309,45 @@ class StackedFrames:
 
     def arrays(self, rows: int) -> dict[str, Array]:
         """All that these first rows need, by name, for a file; not copied."""
-        arrays = {"steps": np.array([self.steps]), "ages": self.ages[:rows], "last_slots": self.last_slots[:rows]}
+        arrays: dict[str, Array] = {
+            "steps": np.array([self.steps], dtype=np.int64),
+            "ages": self.ages[:rows],
+            "last_slots": self.last_slots[:rows],
+        }
         for key, array in self.frames.items():
             arrays[f"frames/{key}".rstrip("/")] = array[: rows + self.n_stack]
         for key, array in self.last_frames.items():
             arrays[f"last_frames/{key}".rstrip("/")] = array
         return arrays
 
-    def restore(self, arrays: dict[str, Array]) -> None:
+    def restore(self, arrays: dict[str, Array], rows: int, next_row: int) -> None:
         """Take the place of the keeper that gave ``arrays``.
 
+        :param arrays: as :meth:`arrays` gave them
+        :param rows: how many rows they have
+        :param next_row: the row that would have been written next
         :raises ValueError: naming an array that is missing, does not fit, or points outside another one
         """
-        steps = int(take_array(arrays, "steps", np.zeros(1, dtype=np.int64))[0])
-        ages, last_slots = take_array(arrays, "ages", self.ages), take_array(arrays, "last_slots", self.last_slots)
-        parts: dict[str, dict[str, Array]] = {}
-        for name in ("frames", "last_frames"):
-            parts[name] = {
-                key: take_array(arrays, f"{name}/{key}".rstrip("/"), like) for key, like in getattr(self, name).items()
-            }
-        places = {len(array) for array in parts["frames"].values()}
-        slots = {len(array) for array in parts["last_frames"].values()}
-        rows = len(ages)
-        if places != {rows + self.n_stack} or len(last_slots) != rows or len(slots) != 1:
-            raise ValueError("its arrays 'ages', 'last_slots' and 'frames' are not of the same number of rows")
-        n_slots = slots.pop()
+        steps = int(take_array(arrays, "steps", np.zeros(1, dtype=np.int64), 1)[0])
+        if steps % self.capacity != next_row or min(steps, self.capacity) != rows:
+            raise ValueError(f"its array 'steps' counts {steps}, but its {rows} rows end before row {next_row}")
+        ages = take_array(arrays, "ages", self.ages, rows)
+        if ages.max(initial=0) >= self.n_stack:
+            raise ValueError(f"its array 'ages' has others than 0 to {self.n_stack - 1}")
+        last_slots = take_array(arrays, "last_slots", self.last_slots, rows)
+        frames, last_frames = (
+            {key: take_array(arrays, f"{name}/{key}".rstrip("/"), like, length) for key, like in kept.items()}
+            for name, kept, length in (
+                ("frames", self.frames, rows + self.n_stack),
+                ("last_frames", self.last_frames, None),
+            )
+        )
+        n_slots = min(len(array) for array in last_frames.values())
         used = last_slots[last_slots >= 0]
         if len(np.unique(used)) != len(used) or used.max(initial=-1) >= n_slots:
             raise ValueError("its array 'last_slots' points to last frames that there are not")
-        if not 0 <= min(steps, self.capacity) <= rows or (ages >= max(self.n_stack, 1)).any():
-            raise ValueError("its arrays 'steps' and 'ages' do not fit its rows")
         self.steps, self.ages, self.last_slots = steps, ages, last_slots
-        self.frames, self.last_frames = parts["frames"], parts["last_frames"]
+        self.frames, self.last_frames = frames, last_frames
         self.free_slots = sorted(set(range(n_slots)) - set(used.tolist()), reverse=True)
         self._pending = None
         if steps > 0:

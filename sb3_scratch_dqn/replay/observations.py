@@ -95,9 +95,12 @@ class Observations(Protocol):
     def arrays(self, rows: int) -> dict[str, Array]:
         """All that these first rows need, by name, for a file; not copied."""
 
-    def restore(self, arrays: dict[str, Array]) -> None:
+    def restore(self, arrays: dict[str, Array], rows: int, next_row: int) -> None:
         """Take the place of the keeper that gave ``arrays``.
 
+        :param arrays: as :meth:`arrays` gave them
+        :param rows: how many rows they have
+        :param next_row: the row that would have been written next
         :raises ValueError: naming an array that is missing, or has another shape or dtype than it must
         """
 
@@ -105,21 +108,23 @@ class Observations(Protocol):
         """The memory that this many rows take."""
 
 
-def take_array(arrays: dict[str, Array], name: str, like: Array) -> Array:
+def take_array(arrays: dict[str, Array], name: str, like: Array, rows: int | None = None) -> Array:
     """Take the array of a file that stands for ``like``.
 
     :param arrays: by name
     :param name: of the array
     :param like: has the dtype and all of the shape but the number of rows
+    :param rows: that number; ``None`` for any
     :raises ValueError: if it is missing, or has another shape or dtype
     """
     if name not in arrays:
         raise ValueError(f"it has no array {name!r}")
     array = arrays[name]
-    if array.dtype != like.dtype or array.shape[1:] != like.shape[1:] or array.ndim != like.ndim:
+    needed = (len(array) if rows is None and array.ndim > 0 else rows, *like.shape[1:])
+    if array.dtype != like.dtype or array.shape != needed:
         raise ValueError(
             f"its array {name!r} has shape {array.shape} and dtype {array.dtype}, "
-            f"but must have shape {('rows', *like.shape[1:])} and dtype {like.dtype}"
+            f"but must have shape {needed} and dtype {like.dtype}"
         )
     return array
 
@@ -211,17 +216,22 @@ class DenseObservations:
             part: array[:rows] for name in self.names for part, array in named_parts(name, getattr(self, name)).items()
         }
 
-    def restore(self, arrays: dict[str, Array]) -> None:
+    def restore(self, arrays: dict[str, Array], rows: int, next_row: int) -> None:
         """Take the place of the keeper that gave ``arrays``.
 
+        :param arrays: as :meth:`arrays` gave them
+        :param rows: how many rows they have
+        :param next_row: the row that would have been written next
         :raises ValueError: naming an array that is missing, or has another shape or dtype than it must
         """
         for name in self.names:
             current = getattr(self, name)
             if isinstance(current, dict):
-                value: Observation = {key: take_array(arrays, f"{name}/{key}", like) for key, like in current.items()}
+                value: Observation = {
+                    key: take_array(arrays, f"{name}/{key}", like, rows) for key, like in current.items()
+                }
             else:
-                value = take_array(arrays, name, current)
+                value = take_array(arrays, name, current, rows)
             setattr(self, name, value)
 
     def bytes_of(self, rows: int) -> int:

@@ -200,6 +200,8 @@ class PrioritizedSampler:
 
     def succeed(self, other: Sampler, buffer: Ring) -> None:
         """Take over the priorities; where there were none, all transitions are new."""
+        if isinstance(other, PrioritizedSampler):
+            self.progress_remaining = other.progress_remaining
         if isinstance(other, PrioritizedSampler) and (other.alpha == self.alpha or other.alpha > 0):
             # Stored are (p + epsilon)**alpha, with the other's alpha
             exponent = self.alpha / other.alpha if other.alpha != self.alpha else 1.0
@@ -221,3 +223,28 @@ class PrioritizedSampler:
     def bytes_of(self, transitions: int) -> int:
         """The memory of the tree, which may have room for twice as many values."""
         return 2 * transitions * self.tree.values.itemsize
+
+    def settings(self) -> dict[str, float]:
+        """What it is and knows, but for the priorities."""
+        names = ("alpha", "beta", "beta_final", "epsilon", "progress_remaining", "max_value")
+        return {name: float(getattr(self, name)) for name in names}
+
+    def restore(self, settings: dict[str, float], values: Array, transitions: int) -> None:
+        """Know what another sampler knew.
+
+        :param settings: as :meth:`settings` gave them
+        :param values: of its tree, ``(transitions,)``
+        :param transitions: how many there are
+        :raises ValueError: if there are other values than that, or some cannot be
+        """
+        if values.shape != (transitions,) or values.dtype != self.tree.values.dtype:
+            raise ValueError(f"its array 'priorities' must be {transitions} numbers of dtype {self.tree.values.dtype}")
+        max_value, progress_remaining = settings["max_value"], settings["progress_remaining"]
+        if not (np.isfinite(values).all() and (values >= 0).all() and 0 < max_value < np.inf):
+            raise ValueError("its array 'priorities' must be finite numbers of at least 0")
+        if transitions > 0 and not values.any():
+            raise ValueError("its array 'priorities' must not be all 0")
+        check_number("progress_remaining", progress_remaining)
+        self.max_value, self.progress_remaining = max_value, progress_remaining
+        self.tree.reserve(transitions)
+        self.tree.set(np.arange(transitions), values)

@@ -185,20 +185,18 @@ class Store:
             **self.kept.arrays(rows),
         }
 
-    def restore(self, arrays: dict[str, Array], rows: int, n_actions: int) -> None:
+    def restore(self, arrays: dict[str, Array], rows: int, next_row: int, n_actions: int) -> None:
         """Hold what another store of the same kind held.
 
         :param arrays: as :meth:`arrays` gave them
         :param rows: how many rows they have
+        :param next_row: the row that would have been written next
         :param n_actions: ``A`` of the masks, if there are any
         :raises ValueError: naming an array that is missing, or has another shape or dtype than it must
         """
-        taken: dict[str, Any] = {name: take_array(arrays, name, getattr(self, name)) for name in self.COLUMNS}
+        taken: dict[str, Any] = {name: take_array(arrays, name, getattr(self, name), rows) for name in self.COLUMNS}
         like = np.zeros((0, self.rewards.shape[1], n_actions), dtype=bool)
-        taken.update({name: take_array(arrays, name, like) for name in self.MASKS if name in arrays})
-        for name, array in taken.items():
-            if len(array) != rows:
-                raise ValueError(f"its array {name!r} has {len(array)} rows, but must have {rows}")
-        self.kept.restore(arrays)
+        taken.update({name: take_array(arrays, name, like, rows) for name in self.MASKS if name in arrays})
+        self.kept.restore(arrays, rows, next_row)
         vars(self).update(taken)
         self.rows = rows
