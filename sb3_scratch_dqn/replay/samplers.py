@@ -160,8 +160,8 @@ class PrioritizedSampler:
         """
         _refuse_empty(buffer)
         parts = (np.arange(batch_size) + np.random.random_sample(batch_size)) / batch_size
-        places = self.tree.find(parts * self.tree.total)
-        values = self.tree.values[places]
+        places = self.tree.find(parts)
+        values = self.tree.values.take(places)
         beta = self.beta_final + self.progress_remaining * (self.beta - self.beta_final)
         weights = (values.min() / values) ** beta
         rows, envs = np.divmod(places, self.n_envs)
