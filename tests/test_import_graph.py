@@ -35,6 +35,7 @@ ALLOWED = {
         "acting", "checks", "conversion", "engines", "exploration", "files", "heads", "networks", "policies",
         "prefill", "replay", "replay_setup", "settings", "target_sync", "td",
     },
+    "bench": {"replay"},
     "zoo": {"dqn", "search_space"},
     "__init__": {"dqn", "policies", "replay"},
 }  # fmt: skip
