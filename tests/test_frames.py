@@ -351,7 +351,7 @@ def test_frames_are_refused_where_there_are_none():
         ScratchDQN("MlpPolicy", "CartPole-v1", replay_buffer_kwargs={"frames": True})
     with pytest.raises(ValueError, match=r"frames='yes' must be 'auto', True or False"):
         ScratchDQN("MlpPolicy", "CartPole-v1", replay_buffer_kwargs={"frames": "yes"})
-    with pytest.raises(NotStackedError, match="2 numbers along axis -1 are no 3 frames"):
+    with pytest.raises(NotStackedError, match="2 numbers along axis 0 are no 3 frames"):
         ScratchReplayBuffer(9, SPACES["vector"], gym.spaces.Discrete(2), frames=Stacking(3, -1, "zero"))
     with pytest.raises(ValueError, match="cannot be replaced"):
         make_buffers(vec_frame_stack("vector", 1, 3), 9)[0].observations = np.zeros(3)

@@ -7,6 +7,7 @@ single rounds, below 1 where ours is faster.
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,9 @@ from sb3_scratch_dqn.replay import ScratchReplayBuffer, Stacking
 from sb3_scratch_dqn.replay.observations import Observation
 
 _VECTOR = spaces.Box(-10, 10, (8,), np.float32)
-_NESTED = spaces.Dict({"position": spaces.Box(-10, 10, (3,), np.float32), "speed": spaces.Box(-1, 1, (5,), np.float32)})
+_NESTED: spaces.Space[Any] = spaces.Dict(
+    {"position": spaces.Box(-10, 10, (3,), np.float32), "speed": spaces.Box(-1, 1, (5,), np.float32)}
+)
 # As AtariWrapper, VecFrameStack and VecTransposeImage make them
 _N_STACK = 4
 _IMAGES = spaces.Box(0, 255, (_N_STACK, 84, 84), np.uint8)
@@ -38,7 +41,7 @@ def run(rounds: int, largest: int, n_images: int) -> str:
     :param n_images: transitions of the buffers of images
     :return: the tables, in Markdown
     """
-    parts = [
+    parts: list[tuple[str, Callable[[], str]]] = [
         ("Memory", lambda: memory(n_images)),
         ("Adding and sampling against SB3", lambda: against_sb3(rounds, n_images)),
         ("Frames against full observations", lambda: frames_against_dense(rounds, n_images)),
@@ -85,7 +88,7 @@ def _steps(observations: list[Any], n_envs: int) -> list[Step]:
             np.full(n_envs, count % _EPISODE == _EPISODE - 1),
             [{} for _ in range(n_envs)],
         )
-        for count, (now, following) in enumerate(zip(observations, observations[1:], strict=False))
+        for count, (now, following) in enumerate(pairwise(observations))
     ]
 
 
@@ -235,12 +238,12 @@ def prioritized(rounds: int, largest: int) -> str:
     for size in sizes:
         ours = _prioritized_buffer(size)
         theirs = _cpprb(size)
-        cycle, cells = {}, [f"{size:,}"]
+        cells = [f"{size:,}"]
         step = _vectors(1)[0]
         add = compare({"ours": partial(ours.add, *step)}, rounds)
         cells.append(f"{add.median('ours') * 1e6:,.1f} us")
         for batch_size in (32, 256):
-            cycle = {"ours": partial(_cycle, ours, batch_size, th.rand(batch_size))}
+            cycle: dict[str, Callable[[], None]] = {"ours": partial(_cycle, ours, batch_size, th.rand(batch_size))}
             if theirs is not None:
                 cycle["theirs"] = partial(theirs, batch_size, np.random.default_rng(0).uniform(0, 1, batch_size))
             comparison = compare(cycle, rounds)

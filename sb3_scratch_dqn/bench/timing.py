@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 # A measurement takes about so long, in seconds
@@ -27,7 +27,7 @@ class Comparison(NamedTuple):
         return sorted(a / b for a, b in zip(self.times[name], self.times[reference], strict=True))
 
 
-def compare(contestants: dict[str, Callable[[], object]], rounds: int) -> Comparison:
+def compare(contestants: Mapping[str, Callable[[], object]], rounds: int) -> Comparison:
     """Time some functions in turn, round after round, so that what disturbs one disturbs all.
 
     :param contestants: functions without arguments

@@ -16,9 +16,10 @@ What is written is compared, to the last bit, with what reading it would build. 
 believed to do: an observation that is no stack after all raises :class:`NotStackedError` before anything is changed.
 """
 
+import math
 from collections.abc import Mapping
 from copy import copy
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
@@ -59,32 +60,49 @@ class _Layout:
     """One array of an observation as frames, and back.
 
     :param shape: of the array
+    :param dtype: of the array
     :param axis: along which the frames lie
     :param n_stack: how many there are
     """
 
-    def __init__(self, shape: tuple[int, ...], axis: int, n_stack: int) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], axis: int, n_stack: int) -> None:
         self.shape = shape
-        self.axis = axis % len(shape)
-        if shape[self.axis] % n_stack != 0:
-            raise NotStackedError(f"{shape[self.axis]} numbers along axis {axis} are no {n_stack} frames")
-        before, after = shape[: self.axis], shape[self.axis + 1 :]
-        depth = shape[self.axis] // n_stack
+        self.dtype = dtype
+        axis %= len(shape)
+        if shape[axis] % n_stack != 0:
+            raise NotStackedError(f"{shape[axis]} numbers along axis {axis} are no {n_stack} frames")
+        before, after = shape[:axis], shape[axis + 1 :]
+        depth = shape[axis] // n_stack
         self.split = (*before, n_stack, depth, *after)
         self.frame_shape = (*before, depth, *after)
+        rest = [place for place in range(1, len(self.split) + 1) if place != axis + 1]
+        self._to_frames = (0, axis + 1, *rest)
+        self._to_stacks = tuple(np.argsort(self._to_frames))
+        # Frames are compared as the fewest whole numbers that hold their bits: NaN and the sign of zero count too
+        bits = math.prod(self.frame_shape) * dtype.itemsize
+        self._word = next(np.dtype(f"u{size}") for size in (8, 4, 2, 1) if bits % size == 0)
 
     def frames(self, stacks: Array) -> Array:
-        """``(B, *shape)`` to ``(B, k, *frame_shape)``; a view where that is possible."""
-        return np.moveaxis(stacks.reshape(len(stacks), *self.split), self.axis + 1, 1)
+        """``(B, *shape)`` to ``(B, k, *frame_shape)``, contiguous; a view where that is possible."""
+        return np.ascontiguousarray(stacks.reshape(len(stacks), *self.split).transpose(self._to_frames))
 
     def stacks(self, frames: Array) -> Array:
         """``(B, k, *frame_shape)`` to ``(B, *shape)``; a view where that is possible."""
-        return np.moveaxis(frames, 1, self.axis + 1).reshape(len(frames), *self.shape)
+        stacks: Array = frames.transpose(self._to_stacks).reshape(len(frames), *self.shape)
+        return stacks
+
+    def words(self, frames: Array) -> Array:
+        """The bits of contiguous frames, ``(B, k, W)``."""
+        return frames.reshape(*frames.shape[:2], -1).view(self._word)
 
 
-def _bits(array: Array) -> Array:
-    """The same memory as whole numbers, so that NaN and the sign of zero are compared too."""
-    return array.view(f"u{array.dtype.itemsize}")
+def _same_bits(left: Array, right: Array) -> bool:
+    """Whether two arrays of one shape and dtype hold the same, to the bit."""
+    if left.strides == right.strides and left.nbytes % 8 == 0:
+        left, right = left.ravel("K"), right.ravel("K")  # views, if there are no gaps in memory
+        return bool((left.view(np.uint64) == right.view(np.uint64)).all())
+    whole = f"u{left.dtype.itemsize}"
+    return bool((left.view(whole) == right.view(whole)).all())
 
 
 class StackedFrames:
@@ -112,7 +130,7 @@ class StackedFrames:
             if not isinstance(part, spaces.Box) or part.dtype.itemsize not in (1, 2, 4, 8):
                 raise NotStackedError(f"{part} is no space of stacked frames")
             axis = stacking.axes if isinstance(stacking.axes, int) else stacking.axes[key]
-            self.layouts[key] = _Layout(part.shape, axis, stacking.n_stack)
+            self.layouts[key] = _Layout(part.shape, part.dtype, axis, stacking.n_stack)
 
         self.steps = 0  # ever written
         self.frames = {
@@ -123,8 +141,9 @@ class StackedFrames:
         self.last_frames = {key: array[:0, 0].copy() for key, array in self.frames.items()}  # (slots, ...)
         self.last_slots = np.full((0, n_envs), -1, dtype=np.int32)  # -1: the following row continues this one
         self.free_slots: list[int] = []
-        # What came next in the newest row, (n_envs, k, ...), to compare the following observation with
+        # What came next in the newest row, to compare the following observation with: as it was given, and as frames
         self._pending: dict[str, Array] | None = None
+        self._pending_frames: dict[str, Array] = {}
 
     # Writing
 
@@ -134,61 +153,67 @@ class StackedFrames:
         :raises NotStackedError: if they are no stacks that continue those before, or begin an episode; then nothing
             was written
         """
-        now, following = self._split(observation), self._split(next_observation)
-        continued = self._continued(now)
-        begun = np.flatnonzero(~continued).tolist()
-        for env in begun:
-            self._check_start(now, env)
-        for key, frames in following.items():
-            if not np.array_equal(_bits(frames[:, :-1]), _bits(now[key][:, 1:])):
+        now = self._parts(observation)
+        following = {key: array.copy(order="K") for key, array in self._parts(next_observation).items()}
+        following_frames = {key: layout.frames(following[key]) for key, layout in self.layouts.items()}
+        begun = self._begun(now)
+        if begun:
+            now_frames = {key: layout.frames(now[key]) for key, layout in self.layouts.items()}
+            for env in begun:
+                self._check_start(now_frames, env)
+        else:
+            now_frames = self._pending_frames
+        for key, layout in self.layouts.items():
+            shifted, kept = layout.words(following_frames[key])[:, :-1], layout.words(now_frames[key])[:, 1:]
+            if not (shifted == kept).all():
                 raise NotStackedError("what came next is not the observation with one more frame")
 
         step, places = self.steps, len(next(iter(self.frames.values())))
         assert row == step % self.capacity
         # Before the first step there is none: nothing continues it, and the row is not looked at
         previous_row = (step - 1) % self.capacity if step > 0 else row
-        ages = np.where(continued, np.minimum(self.ages[previous_row] + 1, self.n_stack - 1), 0)
+        ages = np.minimum(self.ages[previous_row] + 1, self.n_stack - 1)
         for env in begun:
+            ages[env] = 0
             if step > 0:
                 self._keep_last_frame(previous_row, step % places, env)
-            for key, frames in now.items():
+            for key, frames in now_frames.items():
                 self.frames[key][step % places, env] = frames[env, -1]
         # After the previous row was seen to, which is this one if there is only one
-        for env in np.flatnonzero(self.last_slots[row] >= 0):
-            self.free_slots.append(int(self.last_slots[row, env]))
-        self.last_slots[row] = -1
+        if self.last_slots[row].max() >= 0:
+            self.free_slots += [slot for slot in self.last_slots[row].tolist() if slot >= 0]
+            self.last_slots[row] = -1
         self.ages[row] = ages
-        for key, frames in following.items():
+        for key, frames in following_frames.items():
             self.frames[key][(step + 1) % places] = frames[:, -1]
-        self._pending = following
+        self._pending, self._pending_frames = following, following_frames
         self.steps += 1
 
-    def _split(self, observation: Observation) -> dict[str, Array]:
-        """The frames of an observation, ``(n_envs, k, ...)``, copied."""
+    def _parts(self, observation: Observation) -> dict[str, Array]:
+        """The arrays of an observation, ``(n_envs, *shape)``, by key."""
         parts = observation if isinstance(observation, dict) else {"": observation}
         return {
-            key: np.array(layout.frames(np.asarray(parts[key])), dtype=self.frames[key].dtype, order="C")
+            key: np.asarray(parts[key], dtype=layout.dtype).reshape(self.n_envs, *layout.shape)
             for key, layout in self.layouts.items()
         }
 
-    def _continued(self, now: dict[str, Array]) -> Array:
-        """Whether an observation is what came next one step before, ``(n_envs,)``."""
-        if self._pending is None:
-            return np.zeros(self.n_envs, dtype=bool)
+    def _begun(self, now: dict[str, Array]) -> list[int]:
+        """The environments whose observation is not what came next one step before."""
         pending = self._pending
-        if all(np.array_equal(_bits(frames), _bits(pending[key])) for key, frames in now.items()):
-            return np.ones(self.n_envs, dtype=bool)  # the common case
-        return np.array(
-            [
-                all(np.array_equal(_bits(frames[env]), _bits(pending[key][env])) for key, frames in now.items())
-                for env in range(self.n_envs)
-            ]
-        )
+        if pending is None:
+            return list(range(self.n_envs))
+        if all(_same_bits(array, pending[key]) for key, array in now.items()):
+            return []  # the common case
+        return [
+            env
+            for env in range(self.n_envs)
+            if not all(_same_bits(array[env], pending[key][env]) for key, array in now.items())
+        ]
 
-    def _check_start(self, now: dict[str, Array], env: int) -> None:
-        for key, frames in now.items():
-            padding = np.zeros_like(frames[env, -1]) if self.pads_with_zeros else frames[env, -1]
-            if not (_bits(frames[env, :-1]) == _bits(padding)).all():
+    def _check_start(self, now_frames: dict[str, Array], env: int) -> None:
+        for key, frames in now_frames.items():
+            words = self.layouts[key].words(frames)[env]
+            if not (words[:-1] == (0 if self.pads_with_zeros else words[-1])).all():
                 kind = "zeros" if self.pads_with_zeros else "the same frame"
                 raise NotStackedError(
                     f"an observation {key!r} ".replace(" '' ", " ")
@@ -352,7 +377,8 @@ class StackedFrames:
         self._pending = None
         if steps > 0:
             newest = np.full(self.n_envs, (steps - 1) % self.capacity)
-            self._pending = self._split(self.read_next(newest, np.arange(self.n_envs)))
+            self._pending = self._parts(self.read_next(newest, np.arange(self.n_envs)))
+            self._pending_frames = {key: layout.frames(self._pending[key]) for key, layout in self.layouts.items()}
 
     def __copy__(self) -> "StackedFrames":
         """A keeper whose writing does not reach into this one."""

@@ -136,6 +136,13 @@ def named_parts(name: str, observation: Observation) -> dict[str, Array]:
     return {name: observation}
 
 
+def _put_array(target: Array, row: int, value: Array) -> None:
+    value = np.asarray(value)
+    shape = target.shape[1:]
+    # Observations of Discrete spaces come as (n_envs,)
+    target[row] = value if value.shape == shape else value.reshape(shape)
+
+
 class DenseObservations:
     """Every observation in full, twice: as what was observed and as what came next.
 
@@ -188,10 +195,10 @@ class DenseObservations:
         if isinstance(target, dict):
             assert isinstance(value, dict)
             for key, array in target.items():
-                array[row] = np.asarray(value[key]).reshape(array.shape[1:])
+                _put_array(array, row, value[key])
         else:
-            # Observations of Discrete spaces come as (n_envs,)
-            target[row] = np.asarray(value).reshape(target.shape[1:])
+            assert not isinstance(value, dict)
+            _put_array(target, row, value)
 
     def read(self, rows: Array, envs: Array) -> Observation:
         """What was observed in these rows and environments, each ``(B,)``; a copy, ``(B, *observation_shape)``."""

@@ -130,7 +130,9 @@ class Store:
         timeout: Array | float,
     ) -> None:
         """Put one step of every environment into ``row``; each argument is ``(n_envs, ...)``."""
-        self.reserve(min(row + 1 + self.kept.rows_ahead, self.capacity))
+        needed = row + 1 + self.kept.rows_ahead
+        if needed > self.rows:
+            self.reserve(min(needed, self.capacity))
         try:
             self.kept.write(row, observation, next_observation)
         except NotStackedError as reason:
