@@ -29,6 +29,7 @@ _IMAGES = spaces.Box(0, 255, (_N_STACK, 84, 84), np.uint8)
 _STACKING = Stacking(_N_STACK, 0, "zero")
 _ACTIONS = spaces.Discrete(4)
 _EPISODE = 200  # steps
+_N_NUMBERS = 50_000  # transitions of the buffers that hold no images
 
 Step = tuple[Any, ...]
 
@@ -175,7 +176,7 @@ def against_sb3(rounds: int, n_images: int) -> str:
         batch_size: int
 
     several_steps = {"n_steps": 3, "gamma": 0.99}
-    images, small = _image_steps(), 50_000
+    images, small = _image_steps(), _N_NUMBERS
     cases = [
         Case("8 numbers", _VECTOR, 1, _vectors(1), small, ReplayBuffer, {}, {}, 32),
         Case("8 numbers", _VECTOR, 1, _vectors(1), small, ReplayBuffer, {}, {}, 256),

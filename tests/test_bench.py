@@ -1,0 +1,48 @@
+"""The benchmarks run from the command line, and say what they measured."""
+
+import re
+
+import pytest
+
+from sb3_scratch_dqn.bench.__main__ import main
+from sb3_scratch_dqn.bench.timing import Comparison, compare, table
+
+
+def test_contestants_take_turns():
+    turns = []
+    comparison = compare({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, 3)
+    order = re.sub(r"(.)\1+", r"\1", "".join(turns))
+    assert order.endswith("ababab")
+    assert {name: len(times) for name, times in comparison.times.items()} == {"a": 3, "b": 3}
+
+
+def test_ratios_are_of_single_rounds():
+    comparison = Comparison({"ours": [1.0, 2.0, 9.0], "theirs": [2.0, 8.0, 3.0]})
+    assert comparison.median("ours") == 2.0
+    assert comparison.ratios("ours", "theirs") == [0.25, 0.5, 3.0]
+
+
+def test_tables_are_markdown():
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_the_benchmark_of_replay(capsys, monkeypatch):
+    monkeypatch.setattr("sb3_scratch_dqn.bench.timing._SECONDS", 1e-4)
+    monkeypatch.setattr("sb3_scratch_dqn.bench.replay._N_NUMBERS", 1000)
+    main(["replay", "--rounds", "1", "--largest", "1e4", "--images", "250"])
+    printed = capsys.readouterr().out
+    for title in ("Memory", "Adding and sampling against SB3", "Frames against full observations", "Prioritized"):
+        assert f"### {title}" in printed
+    # 2 x 4 frames of 84 x 84, an action of 8 bytes, and 4 each for reward, end and timeout
+    assert "| SB3 `ReplayBuffer` | 56,468 |" in printed
+    ours = float(re.search(r"\| ours \| ([\d,]+) \|", printed)[1].replace(",", ""))
+    # A frame, its age, and where the last frame of its episode lies; four frames in 250, and 17 last frames' room
+    assert 56_468 / ours == pytest.approx(56_468 / (84 * 84 * (1 + 4 / 250 + 16 / 250) + 6 + 8 + 12), rel=0.01)
+
+
+@pytest.mark.parametrize("arguments", [[], ["replay", "--rounds", "0"], ["replay", "--largest", "x"], ["nothing"]])
+def test_a_command_line_that_cannot_be_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: python -m sb3_scratch_dqn.bench" in capsys.readouterr().err
