@@ -23,7 +23,11 @@ def find_stacking(env: VecEnv) -> Stacking | None:
         if isinstance(env, VecTransposeImage) and not env.skip:
             transposer = env
         env = env.venv
-    if not all(env.env_is_wrapped(FrameStackObservation)):
+    try:
+        wrapped = all(env.env_is_wrapped(FrameStackObservation))
+    except (NotImplementedError, AttributeError):  # environments that are not made of Python objects
+        return None
+    if not wrapped:
         return None
     n_stacks, paddings = set(env.get_attr("stack_size")), set(env.get_attr("padding_type"))
     if len(n_stacks) != 1 or len(paddings) != 1 or not paddings <= {"reset", "zero"}:

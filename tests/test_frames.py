@@ -1,6 +1,7 @@
 """Frames kept once: the same batches as from observations kept in full, to the last bit."""
 
 import copy
+import io
 import itertools
 import pickle
 import warnings
@@ -14,12 +15,14 @@ from helpers import assert_equal, assert_same_training, replay_contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import DQN
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 from test_replay import ListReplay
 
 from sb3_scratch_dqn import ScratchDQN, ScratchReplayBuffer
 from sb3_scratch_dqn.replay.frames import NotStackedError, StackedFrames, Stacking
 from sb3_scratch_dqn.replay.observations import DenseObservations, map_observation
+from sb3_scratch_dqn.replay_files import read_replay_archive, write_replay_buffer
 from sb3_scratch_dqn.stacking import find_stacking
 
 SPACES = {
@@ -243,16 +246,43 @@ def test_what_is_no_stack_after_all_is_kept_in_full_and_said_once():
 def test_stacks_that_go_wrong_later_are_kept_in_full_from_then_on(when):
     env = vec_frame_stack("vector", 2, 3)
     frames, dense = make_buffers(env, 25)
-    for count, step in enumerate(transitions(env, 80)):
-        dense.add(*copy.deepcopy(step))
+    steps = list(transitions(env, 80))
+    when = next(count for count in range(when, 80) if not steps[count][4][1])
+    for count, step in enumerate(steps):
         if count == when:
-            step[1][1] += 1  # of one environment
-            dense.store.next_observations[dense.pos - 1, 1] += 1
+            step[1][1] += 1  # of one environment, which the observation after it is neither a start nor a successor of
+        dense.add(*copy.deepcopy(step))
+        if count == when + 1:
             with pytest.warns(UserWarning, match="not stacked"):
                 frames.add(*copy.deepcopy(step))
         else:
             frames.add(*copy.deepcopy(step))
         same_batches(frames, dense)
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_last_observations_that_are_no_stacks_are_kept_whole(n_steps, prepared):
+    env = vec_frame_stack("dict", 2, 3)
+    frames, dense = make_buffers(env, 25, n_steps=n_steps)
+    for count, step in enumerate(transitions(env, 120)):
+        if count > 50 or prepared:
+            for index in np.flatnonzero(step[4]):
+                step[1]["vector"][index] *= 1.0000001  # as normalising and back changes the last bits
+        for buffer in (frames, dense):
+            buffer.add(*copy.deepcopy(step))
+        same_batches(frames, dense, seed=count)
+        assert_equal(replay_contents(dense), replay_contents(frames))
+    assert isinstance(frames.store.kept, StackedFrames)
+    file = io.BytesIO()
+    write_replay_buffer(frames, file)
+    file.seek(0)
+    restored = read_replay_archive(file, "it", env.observation_space, env.action_space, 2, "cpu")
+    assert_equal(replay_contents(dense), replay_contents(restored))
+    for step in transitions(env, 50, seed=1):
+        for buffer in (restored, dense):
+            buffer.add(*copy.deepcopy(step))
+        same_batches(restored, dense)
 
 
 def test_negative_zeros_and_nan_are_kept_to_the_bit():
@@ -271,9 +301,11 @@ def test_negative_zeros_and_nan_are_kept_to_the_bit():
     assert_equal(replay_contents(buffers[1]), replay_contents(buffers[0]))
 
 
-@pytest.mark.parametrize("stacker", sorted(STACKERS))
+@pytest.mark.parametrize("stacker", [*sorted(STACKERS), "normalized"])
 def test_training_leaves_the_bits_of_sb3(stacker):
     def make_env():
+        if stacker == "normalized":
+            return VecNormalize(vec_frame_stack("vector", 1, 3))
         return STACKERS[stacker]("vector", 1, 3)
 
     settings = {"learning_starts": 40, "batch_size": 16, "buffer_size": 150, "seed": 7, "n_steps": 2}
@@ -344,6 +376,26 @@ def test_a_buffer_that_was_reset_begins_anew():
         frames.add(*step)
         dense.add(*step)
     same_batches(frames, dense)
+
+
+def test_sb3_gets_the_observations_in_full():
+    model = ScratchDQN("MlpPolicy", vec_frame_stack("vector", 2, 3), buffer_size=100, seed=0).learn(150)
+    reference = model.to_sb3()
+    assert type(reference.replay_buffer) is ReplayBuffer
+    assert_equal(replay_contents(model.replay_buffer), replay_contents(reference.replay_buffer))
+    again = ScratchDQN.from_sb3(reference)
+    assert_equal(replay_contents(model.replay_buffer), replay_contents(again.replay_buffer))
+    again.learn(20, reset_num_timesteps=False)
+
+
+def test_environments_that_know_no_wrappers_are_taken_as_they_are():
+    class NoObjects(DummyVecEnv):
+        def env_is_wrapped(self, wrapper_class, indices=None):
+            raise NotImplementedError
+
+    env = NoObjects([lambda: FrameEnv("vector")])
+    assert find_stacking(env) is None
+    ScratchDQN("MlpPolicy", env)
 
 
 def test_frames_are_refused_where_there_are_none():

@@ -10,7 +10,8 @@ has the ``k - 1`` frames before it and the newest one the frame that came next. 
 - its *age*, how many steps (at most ``k - 1``) before it the episode began: older frames are padding, as the wrapper
   makes it;
 - where the frame that came next lies, if the following row does not continue it, as after an episode's end: in a pool
-  of *last frames*.
+  of *last frames*. SB3 normalises the last observation of an episode and back again, which changes its last bits: the
+  pool keeps it whole from the first such observation on.
 
 What is written is compared, to the last bit, with what reading it would build. So nothing depends on what wrappers are
 believed to do: an observation that is no stack after all raises :class:`NotStackedError` before anything is changed.
@@ -96,6 +97,11 @@ class _Layout:
         return frames.reshape(*frames.shape[:2], -1).view(self._word)
 
 
+def _name(part: str, key: str) -> str:
+    """What an array is called in a file."""
+    return f"{part}/{key}" if key else part
+
+
 def _same_bits(left: Array, right: Array) -> bool:
     """Whether two arrays of one shape and dtype hold the same, to the bit."""
     if left.strides == right.strides and left.nbytes % 8 == 0:
@@ -138,12 +144,16 @@ class StackedFrames:
             for key, layout in self.layouts.items()
         }
         self.ages = np.zeros((0, n_envs), dtype=np.uint16)
-        self.last_frames = {key: array[:0, 0].copy() for key, array in self.frames.items()}  # (slots, ...)
+        # (slots, depth, ...): the newest frame alone, or all k of them
+        self.last_frames = {
+            key: np.zeros((0, 1, *array.shape[2:]), dtype=array.dtype) for key, array in self.frames.items()
+        }
         self.last_slots = np.full((0, n_envs), -1, dtype=np.int32)  # -1: the following row continues this one
         self.free_slots: list[int] = []
         # What came next in the newest row, to compare the following observation with: as it was given, and as frames
         self._pending: dict[str, Array] | None = None
         self._pending_frames: dict[str, Array] = {}
+        self._pending_changed: set[int] = set()  # environments in which that is no stack
 
     # Writing
 
@@ -163,10 +173,9 @@ class StackedFrames:
                 self._check_start(now_frames, env)
         else:
             now_frames = self._pending_frames
-        for key, layout in self.layouts.items():
-            shifted, kept = layout.words(following_frames[key])[:, :-1], layout.words(now_frames[key])[:, 1:]
-            if not (shifted == kept).all():
-                raise NotStackedError("what came next is not the observation with one more frame")
+        changed = self._changed(now_frames, following_frames)
+        if self.steps > 0 and self._pending_changed and not self._pending_changed <= set(begun):
+            raise NotStackedError("what came next was not the observation with one more frame, but was gone on with")
 
         step, places = self.steps, len(next(iter(self.frames.values())))
         assert row == step % self.capacity
@@ -176,7 +185,7 @@ class StackedFrames:
         for env in begun:
             ages[env] = 0
             if step > 0:
-                self._keep_last_frame(previous_row, step % places, env)
+                self._keep_last(previous_row, env)
             for key, frames in now_frames.items():
                 self.frames[key][step % places, env] = frames[env, -1]
         # After the previous row was seen to, which is this one if there is only one
@@ -188,6 +197,11 @@ class StackedFrames:
             self.frames[key][(step + 1) % places] = frames[:, -1]
         self._pending, self._pending_frames = following, following_frames
         self.steps += 1
+        self._pending_changed = changed
+        if changed:
+            self._keep_whole()
+            for env in changed:
+                self._keep_last(row, env)
 
     def _parts(self, observation: Observation) -> dict[str, Array]:
         """The arrays of an observation, ``(n_envs, *shape)``, by key."""
@@ -220,7 +234,19 @@ class StackedFrames:
                     + f"neither continues the one before nor begins with {kind}"
                 )
 
-    def _keep_last_frame(self, row: int, place: int, env: int) -> None:
+    def _changed(self, now_frames: dict[str, Array], following_frames: dict[str, Array]) -> set[int]:
+        """The environments where what came next is not the observation with one more frame."""
+        changed: set[int] = set()
+        for key, layout in self.layouts.items():
+            equal = layout.words(following_frames[key])[:, :-1] == layout.words(now_frames[key])[:, 1:]
+            if not equal.all():
+                changed |= set(np.flatnonzero(~equal.all(axis=(1, 2))).tolist())
+        return changed
+
+    def _keep_last(self, row: int, env: int) -> None:
+        """Put what came next in this row, the newest one, into the pool, if it is not there yet."""
+        if self.last_slots[row, env] >= 0:
+            return
         if not self.free_slots:
             slots = len(next(iter(self.last_frames.values())))
             more = max(16, slots // 2)
@@ -228,8 +254,24 @@ class StackedFrames:
             self.free_slots = list(range(slots + more - 1, slots - 1, -1))
         slot = self.free_slots.pop()
         for key, pool in self.last_frames.items():
-            pool[slot] = self.frames[key][place, env]
+            pool[slot] = self._pending_frames[key][env, -pool.shape[1] :]
         self.last_slots[row, env] = slot
+
+    @property
+    def _keeps_whole(self) -> bool:
+        return next(iter(self.last_frames.values())).shape[1] > 1
+
+    def _keep_whole(self) -> None:
+        """Let the pool hold whole observations from now on."""
+        if self._keeps_whole or self.n_stack == 1:
+            return
+        rows, envs = np.nonzero(self.last_slots >= 0)
+        window = self._window(rows, envs, range(2 - self.n_stack, 2))
+        self._put_last_frames(window, rows, envs)
+        for key, pool in self.last_frames.items():
+            whole = np.zeros((len(pool), self.n_stack, *pool.shape[2:]), dtype=pool.dtype)
+            whole[self.last_slots[rows, envs]] = window[key]
+            self.last_frames[key] = whole
 
     # Reading
 
@@ -245,7 +287,7 @@ class StackedFrames:
 
     def read_both(self, rows: Array, last_rows: Array, envs: Array) -> tuple[Observation, Observation]:
         """What was observed in ``rows``, and one step after ``last_rows``; copies, which may share memory."""
-        if last_rows is not rows:
+        if last_rows is not rows or self._keeps_whole:
             return self.read(rows, envs), self.read_next(last_rows, envs)
         window = self._window(rows, envs, range(1 - self.n_stack, 2))
         self._put_last_frames(window, rows, envs)
@@ -279,7 +321,8 @@ class StackedFrames:
         kept = slots >= 0
         if kept.any():
             for key, frames in window.items():
-                frames[kept, -1] = self.last_frames[key][slots[kept]]
+                pool = self.last_frames[key]
+                frames[kept, -pool.shape[1] :] = pool[slots[kept]]
 
     def _join(self, window: dict[str, Array]) -> Observation:
         stacks = {key: self.layouts[key].stacks(frames) for key, frames in window.items()}
@@ -340,9 +383,9 @@ class StackedFrames:
             "last_slots": self.last_slots[:rows],
         }
         for key, array in self.frames.items():
-            arrays[f"frames/{key}".rstrip("/")] = array[: rows + self.n_stack]
+            arrays[_name("frames", key)] = array[: rows + self.n_stack]
         for key, array in self.last_frames.items():
-            arrays[f"last_frames/{key}".rstrip("/")] = array
+            arrays[_name("last_frames", key)] = array
         return arrays
 
     def restore(self, arrays: dict[str, Array], rows: int, next_row: int) -> None:
@@ -360,13 +403,14 @@ class StackedFrames:
         if ages.max(initial=0) >= self.n_stack:
             raise ValueError(f"its array 'ages' has others than 0 to {self.n_stack - 1}")
         last_slots = take_array(arrays, "last_slots", self.last_slots, rows)
-        frames, last_frames = (
-            {key: take_array(arrays, f"{name}/{key}".rstrip("/"), like, length) for key, like in kept.items()}
-            for name, kept, length in (
-                ("frames", self.frames, rows + self.n_stack),
-                ("last_frames", self.last_frames, None),
-            )
-        )
+        frames, last_frames = {}, {}
+        for key, like in self.frames.items():
+            frames[key] = take_array(arrays, _name("frames", key), like, rows + self.n_stack)
+            depth = self.n_stack if arrays.get(_name("last_frames", key), like).shape[1:2] == (self.n_stack,) else 1
+            like = np.zeros((0, depth, *like.shape[2:]), dtype=like.dtype)
+            last_frames[key] = take_array(arrays, _name("last_frames", key), like)
+        if len({pool.shape[:2] for pool in last_frames.values()}) > 1:
+            raise ValueError("its arrays of last frames have different shapes")
         n_slots = min(len(array) for array in last_frames.values())
         used = last_slots[last_slots >= 0]
         if len(np.unique(used)) != len(used) or used.max(initial=-1) >= n_slots:
@@ -379,6 +423,9 @@ class StackedFrames:
             newest = np.full(self.n_envs, (steps - 1) % self.capacity)
             self._pending = self._parts(self.read_next(newest, np.arange(self.n_envs)))
             self._pending_frames = {key: layout.frames(self._pending[key]) for key, layout in self.layouts.items()}
+            observed = self._parts(self.read(newest, np.arange(self.n_envs)))
+            now_frames = {key: layout.frames(observed[key]) for key, layout in self.layouts.items()}
+            self._pending_changed = self._changed(now_frames, self._pending_frames)
 
     def __copy__(self) -> "StackedFrames":
         """A keeper whose writing does not reach into this one."""
