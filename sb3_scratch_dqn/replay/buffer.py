@@ -23,6 +23,7 @@ from sb3_scratch_dqn.replay.observations import (
     Observations,
     SharedObservations,
     Space,
+    gather,
 )
 from sb3_scratch_dqn.replay.samplers import PrioritizedSampler, Sampler, UniformSampler
 from sb3_scratch_dqn.replay.stores import Store
@@ -184,7 +185,7 @@ class ScratchReplayBuffer(ReplayBuffer):
         observations, next_observations = self.store.read_both(rows, fold.last_rows, envs)
         return Batch(
             observations=self._observation_tensor(observations, env),
-            actions=self._tensor(self.store.actions[rows, envs, 0]).long(),
+            actions=self._tensor(gather(self.store.actions, rows, envs)[:, 0]).long(),
             returns=self._tensor(fold.returns),
             discounts=self._tensor((1 - fold.terminated) * fold.discounts),
             next_observations=self._observation_tensor(next_observations, env),
@@ -229,7 +230,7 @@ class ScratchReplayBuffer(ReplayBuffer):
             columns = DictReplayBufferSamples
         samples: ReplayBufferSamples | DictReplayBufferSamples = columns(
             observations=self._observation_tensor(observations, env),
-            actions=self._tensor(self.store.actions[rows, envs]),
+            actions=self._tensor(gather(self.store.actions, rows, envs)),
             next_observations=self._observation_tensor(next_observations, env),
             dones=self._tensor(fold.terminated[:, None]),
             rewards=self._tensor(fold.returns[:, None]),
@@ -245,7 +246,7 @@ class ScratchReplayBuffer(ReplayBuffer):
         return fold_n_steps(self.store, rows, envs, gamma, normalize_reward, self.n_steps, newest_row)
 
     def _mask_tensor(self, masks: Array | None, rows: Array, envs: Array) -> th.Tensor | None:
-        return None if masks is None else self._tensor(masks[rows, envs])
+        return None if masks is None else self._tensor(gather(masks, rows, envs))
 
     def _tensor(self, array: Array) -> th.Tensor:
         # What was gathered from the store is a copy already

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sb3_scratch_dqn.replay.observations import Array
+from sb3_scratch_dqn.replay.observations import Array, gather
 from sb3_scratch_dqn.replay.stores import Store
 
 Floats = npt.NDArray[np.float32]
@@ -47,9 +47,9 @@ def fold_one_step(
     """Windows of one step; the parameters are those of :func:`fold_n_steps`."""
     return Fold(
         last_rows=rows,
-        returns=normalize_reward(store.rewards[rows, envs]),
+        returns=normalize_reward(gather(store.rewards, rows, envs)),
         discounts=np.full(len(rows), gamma, dtype=np.float32),
-        terminated=store.dones[rows, envs] * (1 - store.timeouts[rows, envs]),
+        terminated=gather(store.dones, rows, envs) * (1 - gather(store.timeouts, rows, envs)),
     )
 
 
@@ -90,5 +90,5 @@ def fold_n_steps(
         last_rows=last_rows,
         returns=(rewards * step_discounts * inside).sum(axis=1),
         discounts=gamma ** inside.sum(axis=1).astype(np.float32),
-        terminated=store.dones[last_rows, envs] * (1 - store.timeouts[last_rows, envs]),
+        terminated=gather(store.dones, last_rows, envs) * (1 - gather(store.timeouts, last_rows, envs)),
     )

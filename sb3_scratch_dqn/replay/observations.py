@@ -49,8 +49,9 @@ def gather(array: Array, rows: Array, envs: Array) -> Array:
     :param envs: ``(B,)``
     :return: a copy, ``(B, ...)``
     """
+    # With one environment its number can only be 0
     flat = array.reshape(-1, *array.shape[2:])
-    gathered: Array = flat.take(rows * array.shape[1] + envs, axis=0)
+    gathered: Array = flat.take(rows if array.shape[1] == 1 else rows * array.shape[1] + envs, axis=0)
     return gathered
 
 
