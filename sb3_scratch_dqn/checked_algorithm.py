@@ -145,11 +145,15 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             the model keeps the buffer that it had
         """
         what = f"the replay buffer in path={path!r}"
+        buffer_class = self.replay_buffer_class or ScratchReplayBuffer
+        foreign = buffer_class is not ScratchReplayBuffer
         if allow_pickle is None:
-            allow_pickle = self.replay_buffer_class not in (None, ScratchReplayBuffer)
-        with opened(path, ".npz", ".pkl") as file:
+            allow_pickle = foreign
+        with opened(path, *((".pkl", ".npz") if foreign else (".npz", ".pkl"))) as file:
             buffer: ReplayBuffer
             if is_replay_archive(file):
+                if foreign:
+                    raise ValueError(f"{what} is no pickle of a {buffer_class.__name__}, as it must be")
                 assert isinstance(self.action_space, spaces.Discrete)
                 buffer = read_replay_archive(
                     file, what, self.observation_space, self.action_space, self.n_envs, self.device

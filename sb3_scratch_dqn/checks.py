@@ -67,20 +67,23 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be True or False")
 
 
-def check_arguments(name: str, value: Any, function: Callable[..., Any], refused: Collection[str] = ()) -> None:
+def check_arguments(
+    name: str, value: Any, function: Callable[..., Any], refused: Collection[str] = (), more: Collection[str] = ()
+) -> None:
     """Refuse what is not a dict of arguments that a function takes.
 
     :param name: of the dict
     :param value: the dict
     :param function: the function, or class
     :param refused: arguments that it takes from elsewhere
+    :param more: what may be there besides its arguments
     """
     if not isinstance(value, dict):
         raise ValueError(f"{name}={value!r} must be a dict")
     parameters = signature(function).parameters
     if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    known = [parameter for parameter in parameters if parameter not in refused]
+    known = [*(parameter for parameter in parameters if parameter not in refused), *more]
     for key in value:
         if key not in known:
             raise ValueError(f"{name}={value!r} has the unknown name {key!r}: choose from {', '.join(known)}")

@@ -12,6 +12,7 @@ from copy import deepcopy
 from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
@@ -23,6 +24,7 @@ from sb3_scratch_dqn.files import policy_module, read_model_settings
 from sb3_scratch_dqn.heads import ExpectedHead
 from sb3_scratch_dqn.policies import NETWORK_SETTINGS, DQNPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
+from sb3_scratch_dqn.replay.frames import StackedFrames
 from sb3_scratch_dqn.replay.samplers import SAMPLER_SETTINGS, UniformSampler
 from sb3_scratch_dqn.replay.stores import Store
 
@@ -109,7 +111,10 @@ def from_sb3(
         changed["replay_buffer_kwargs"].pop("n_steps", None)
         changed["replay_buffer_kwargs"].pop("gamma", None)
     buffer = model.replay_buffer
-    if buffer is not None and type(buffer) in PLAIN_BUFFERS and getattr(buffer, "gamma", model.gamma) == model.gamma:
+    if buffer is not None and type(buffer) in PLAIN_BUFFERS and buffer.size() == 0:
+        # Made anew, so that it keeps frames once where the environment stacks them
+        changed["n_steps"] = settings.get("n_steps", getattr(buffer, "n_steps", 1))
+    elif buffer is not None and type(buffer) in PLAIN_BUFFERS and getattr(buffer, "gamma", model.gamma) == model.gamma:
         changed["n_steps"] = settings.get("n_steps", getattr(buffer, "n_steps", 1))
         changed["replay_buffer"] = to_scratch_buffer(buffer, changed["n_steps"], model.gamma)
     elif buffer is not None:
@@ -268,6 +273,9 @@ def _to_sb3_buffer(buffer: ScratchReplayBuffer, gamma: float) -> ReplayBuffer:
     else:
         converted = ReplayBuffer(**kwargs)
     _copy_rows(buffer.store, converted, buffer.store.rows)
+    if buffer.n_steps > 1:
+        rows = buffer.store.rows
+        converted.timeouts[:rows] = np.maximum(converted.timeouts[:rows], buffer.store.cuts)
     converted.pos, converted.full = buffer.pos, buffer.full
     return converted
 
@@ -285,10 +293,14 @@ def _buffer_settings(buffer: ReplayBuffer) -> dict[str, Any]:
 
 
 def _copy_rows(source: Any, target: Any, rows: int) -> None:
+    keeper = getattr(source, "keeper", None)
+    if isinstance(keeper, StackedFrames):
+        keeper = keeper.dense()  # once, for both
     for name in ("observations", "next_observations", *Store.COLUMNS):
-        if name == "next_observations" and not (hasattr(source, name) and hasattr(target, name)):
+        holder = source if keeper is None or name in Store.COLUMNS else keeper
+        if name == "next_observations" and not (hasattr(holder, name) and hasattr(target, name)):
             continue  # observations are kept once, on both sides
-        taken, given = getattr(source, name), getattr(target, name)
+        taken, given = getattr(holder, name), getattr(target, name)
         if isinstance(taken, dict):
             for key, array in taken.items():
                 given[key][:rows] = array[:rows]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
@@ -21,9 +22,14 @@ from sb3_scratch_dqn.files import Path
 from sb3_scratch_dqn.heads import LOSSES
 from sb3_scratch_dqn.networks import QNetwork
 from sb3_scratch_dqn.policies import CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
-from sb3_scratch_dqn.prefill import read_transitions, rows_of_environments
+from sb3_scratch_dqn.prefill import read_transitions, store_transitions
 from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source, check_sampling
-from sb3_scratch_dqn.replay_setup import adapt_replay_buffer, make_replay_buffer, renew_replay_buffer, warn_of_memory
+from sb3_scratch_dqn.replay_setup import (
+    adapt_replay_buffer,
+    buffer_for_environment,
+    make_replay_buffer,
+    warn_of_memory,
+)
 from sb3_scratch_dqn.settings import check_combination, check_settings
 from sb3_scratch_dqn.target_sync import sync_is_due
 from sb3_scratch_dqn.td import MunchausenSettings, Objective
@@ -56,7 +62,9 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
     :param train_freq: environment steps between updates, or ``(1, "episode")`` for episodes
     :param gradient_steps: gradient steps in an update; -1 for as many as environment steps since the last one
     :param replay_buffer_class: another replay buffer than :class:`ScratchReplayBuffer`, such as ``HerReplayBuffer``
-    :param replay_buffer_kwargs: its arguments
+    :param replay_buffer_kwargs: its arguments; for :class:`ScratchReplayBuffer` ``prioritized``, ``alpha``, ``beta``,
+        ``beta_final``, ``epsilon`` and ``frames``: keep each frame of stacked observations once, ``"auto"`` where the
+        environment stacks them, ``True`` or ``False``
     :param optimize_memory_usage: keep each observation once;
         needs ``replay_buffer_kwargs=dict(handle_timeout_termination=False)``
     :param n_steps: learn from returns of this many steps; also with ``Dict`` observations and several environments
@@ -214,7 +222,7 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         if self.replay_buffer is None:
-            self.replay_buffer = make_replay_buffer(self)
+            self.replay_buffer = make_replay_buffer(self, self.env)
         policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs)
         assert isinstance(policy, DQNPolicy)
         self.policy = policy.to(self.device)
@@ -303,15 +311,12 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
         self._find_masks()  # of environments that are reset by now
         assert self.replay_buffer is not None
         check_sampling(self.replay_buffer, masked=self._masks is not None)
-        warn_of_memory(self.replay_buffer, self)
+        warn_of_memory(self.replay_buffer, self.env)
         return prepared
 
     def _end_trajectories(self) -> None:
-        """Let no return of several steps reach over a reset that replay knows nothing of.
-
-        Returns of one step do not look further, and observations that are kept once SB3 sees to.
-        """
-        if isinstance(self.replay_buffer, ScratchReplayBuffer) and self.n_steps > 1 and not self.optimize_memory_usage:
+        """Let no return of several steps reach over a reset that replay knows nothing of."""
+        if isinstance(self.replay_buffer, ScratchReplayBuffer):
             self.replay_buffer.end_trajectories()
 
     def _on_step(self) -> None:
@@ -363,18 +368,22 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
 
         :param env: the environment, or its name
         :param force_reset: reset it before training goes on
-        :raises ValueError: if its spaces differ from the model's
+        :raises ValueError: if its spaces differ from the model's, or it stacks no frames where ``frames=True``
         :raises AssertionError: if it is another number of environments
         """
+        env = self._wrap_env(maybe_make_env(env, self.verbose), self.verbose)
+        checks.check_same_spaces("env", env, self.observation_space, self.action_space)
+        buffer = buffer_for_environment(self, env)
         super().set_env(env, force_reset)
-        self.replay_buffer = renew_replay_buffer(self)
+        self.replay_buffer = buffer
 
     def load_replay_buffer(
         self, path: Path, truncate_last_traj: bool = True, *, allow_pickle: bool | None = None
     ) -> None:
         """Load a saved replay buffer; see :class:`CheckedOffPolicyAlgorithm`.
 
-        How steps are folded and sampled are settings of the model, not part of what was stored.
+        How steps are folded and sampled are settings of the model, not part of what was stored. How observations are
+        kept, each frame once or in full, stays as it was stored.
         """
         super().load_replay_buffer(path, truncate_last_traj, allow_pickle=allow_pickle)
         assert self.replay_buffer is not None
@@ -398,21 +407,14 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
               'sb3-scratch-dqn[minari]'``)
         :return: how many were stored: with several environments, up to ``n_envs - 1`` are left out
         :raises ValueError: if they do not fit the spaces, or into the buffer; then none was stored
+        :raises ImportError: for the name of a data set, if Minari is not installed
         """
         assert self.replay_buffer is not None
         assert isinstance(self.action_space, spaces.Discrete)
         transitions = read_transitions(data, self.observation_space, int(self.action_space.n))
-        given, stored = len(transitions.actions), len(transitions.actions) // self.n_envs
-        if not 1 <= stored <= self.replay_buffer.buffer_size:
-            raise ValueError(
-                f"data has {given} transitions, but must have {self.n_envs} to "
-                f"{self.replay_buffer.buffer_size * self.n_envs}, which buffer_size={self.buffer_size} has room for"
-            )
-        self._end_trajectories()
-        for step in rows_of_environments(transitions, self.n_envs):
-            self.replay_buffer.add(*step)
+        stored = store_transitions(self.replay_buffer, transitions)
         self._last_obs = None
-        return stored * self.n_envs
+        return stored
 
     def _excluded_save_params(self) -> list[str]:
         made_by_setup = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target"]

@@ -4,16 +4,20 @@ Whatever the source, it becomes :class:`Transitions` first, all of which is chec
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.vec_env import VecTransposeImage
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_scratch_dqn.checks import Space
+from sb3_scratch_dqn.replay import ScratchReplayBuffer
+from sb3_scratch_dqn.replay.frames import StackedFrames
 from sb3_scratch_dqn.replay.observations import Array, Observation, map_observation
 
 if TYPE_CHECKING:
@@ -31,7 +35,8 @@ class Transitions(NamedTuple):
     :param rewards: ``(N,)``
     :param next_observations: as ``observations``
     :param terminations: true where an episode ended in a terminal state, ``(N,)``
-    :param truncations: true where it ended otherwise, or is not continued by the transition that follows, ``(N,)``
+    :param truncations: true where it ended otherwise, ``(N,)``
+    :param gaps: true where the transition that follows does not continue an episode that did not end, ``(N,)``
     :param action_masks: true where an action was allowed, ``(N, A)``; ``None`` if all always were
     :param next_action_masks: the same for ``next_observations``
     """
@@ -42,6 +47,7 @@ class Transitions(NamedTuple):
     next_observations: Observation
     terminations: Array
     truncations: Array
+    gaps: Array
     action_masks: Array | None = None
     next_action_masks: Array | None = None
 
@@ -64,42 +70,73 @@ def read_transitions(
     elif hasattr(data, "iterate_episodes"):
         data = _columns_of_episodes(data.iterate_episodes())
     elif not isinstance(data, Mapping):
-        raise ValueError(f"data={data!r} must be a dict of arrays, a replay buffer, or a Minari data set or its name")
+        raise ValueError(
+            f"data is a {type(data).__name__}, "
+            "but must be a dict of arrays, a replay buffer, or a Minari data set or its name"
+        )
     return _mark_gaps(_checked(data, observation_space, n_actions))
 
 
-def rows_of_environments(transitions: Transitions, n_envs: int) -> Iterator[tuple[Any, ...]]:
-    """The arguments of ``ReplayBuffer.add`` for one step of every environment after another.
+def store_transitions(buffer: ReplayBuffer, transitions: Transitions) -> int:
+    """Put transitions into a replay buffer.
 
-    Each environment gets a piece of the transitions, in their order, whose last one counts as truncated. What is left
-    over when they are divided, up to ``n_envs - 1`` transitions, is left out.
+    Each environment gets a piece of the transitions, in their order. What is left over when they are divided, up to
+    ``n_envs - 1`` transitions, is left out.
 
+    :param buffer: the buffer
     :param transitions: the transitions
-    :param n_envs: number of environments
+    :return: how many were stored
+    :raises ValueError: if the buffer has no room for them, or cannot hold what they are; then none was stored
     """
-    n_rows = len(transitions.actions) // n_envs
-    begins = np.arange(n_envs) * n_rows
+    if isinstance(buffer, HerReplayBuffer):
+        raise ValueError("replay_buffer_class=HerReplayBuffer must have whole episodes, and takes no transitions")
+    given, n_envs = len(transitions.actions), buffer.n_envs
+    n_rows = given // n_envs
+    # Where observations are kept once, what came next to the last one takes a row of its own
+    most = buffer.buffer_size - buffer.optimize_memory_usage
+    if not 1 <= n_rows <= most:
+        raise ValueError(
+            f"data has {given} transitions, but must have {n_envs} to {most * n_envs}, "
+            f"which buffer_size={buffer.buffer_size * n_envs} has room for"
+        )
+    if buffer.optimize_memory_usage and transitions.gaps[:-1].any():
+        raise ValueError(
+            f"data has {transitions.gaps[:-1].sum()} transitions that the next one does not continue, "
+            "but optimize_memory_usage=True takes what came next from there: use False"
+        )
+    own = isinstance(buffer, ScratchReplayBuffer)
+    if isinstance(buffer, ScratchReplayBuffer):
+        buffer.end_trajectories()
 
-    def rows_at(at: Array, observation: Observation) -> Observation:
+    def of_rows(observation: Observation) -> Observation:
         return map_observation(lambda array: array[at], observation)
 
+    at: Array
     for row in range(n_rows):
-        at = begins + row
-        ended = transitions.truncations[at] | (row == n_rows - 1)
-        truncated = ended & ~transitions.terminations[at]
-        infos = [{"TimeLimit.truncated": bool(value)} for value in truncated]
+        at = np.arange(n_envs) * n_rows + row
+        gaps, truncated = transitions.gaps[at], transitions.truncations[at]
+        if not own:
+            # SB3's buffers know no gaps; a time limit is as near as they come
+            truncated = truncated | gaps | ((row == n_rows - 1) & ~transitions.terminations[at])
+        infos: list[dict[str, Any]] = [{"TimeLimit.truncated": bool(value)} for value in truncated]
         if transitions.action_masks is not None and transitions.next_action_masks is not None:
             for info, index in zip(infos, at, strict=True):
                 info["action_masks"] = transitions.action_masks[index]
                 info["next_action_masks"] = transitions.next_action_masks[index]
-        yield (
-            rows_at(at, transitions.observations),
-            rows_at(at, transitions.next_observations),
+        position = buffer.pos
+        buffer.add(
+            of_rows(transitions.observations),  # type: ignore[arg-type]  # dicts too, in some classes
+            of_rows(transitions.next_observations),  # type: ignore[arg-type]
             transitions.actions[at],
             transitions.rewards[at],
             transitions.terminations[at] | truncated,
             infos,
         )
+        if isinstance(buffer, ScratchReplayBuffer):
+            buffer.store.cuts[position] = gaps
+    if isinstance(buffer, ScratchReplayBuffer):
+        buffer.end_trajectories()
+    return n_rows * n_envs
 
 
 def _minari_dataset(name: str) -> "MinariDataset":
@@ -151,26 +188,26 @@ def _columns_of_buffer(buffer: ReplayBuffer) -> dict[str, Any]:
         joined: Array = taken.swapaxes(0, 1).reshape(-1, *taken.shape[2:])
         return joined
 
-    observations: Observation = buffer.observations
+    keeper = buffer.store.keeper if isinstance(buffer, ScratchReplayBuffer) else buffer
+    if isinstance(keeper, StackedFrames):
+        keeper = keeper.dense()  # once, for both
+    observations: Observation = keeper.observations
     if buffer.optimize_memory_usage:
         following = (rows + 1) % buffer.buffer_size
         next_observations = map_observation(lambda array: column(array, following), observations)
     else:
-        next_observations = map_observation(column, buffer.next_observations)
+        next_observations = map_observation(column, keeper.next_observations)
     ends, timeouts = column(buffer.dones).astype(bool), column(buffer.timeouts).astype(bool)
-    # Another environment's transitions follow the newest of each
-    timeouts.reshape(buffer.n_envs, -1)[:, -1:] = True
     columns = {
         "observations": map_observation(column, observations),
         "next_observations": next_observations,
         "actions": column(buffer.actions)[:, 0],
         "rewards": column(buffer.rewards),
-        "terminations": ends & ~column(buffer.timeouts).astype(bool),
+        "terminations": ends & ~timeouts,
         "truncations": timeouts,
     }
-    store = getattr(buffer, "store", None)
-    if store is not None and store.action_masks is not None:
-        columns.update({name: column(getattr(store, name)) for name in store.MASKS})
+    if isinstance(buffer, ScratchReplayBuffer) and buffer.store.action_masks is not None:
+        columns.update({name: column(getattr(buffer.store, name)) for name in buffer.store.MASKS})
     return columns
 
 
@@ -183,7 +220,7 @@ def _checked(data: Mapping[str, Any], observation_space: Space, n_actions: int) 
     if ("action_masks" in data) != ("next_action_masks" in data):
         raise ValueError("data has only one of 'action_masks' and 'next_action_masks', but must have both or none")
 
-    actions = np.asarray(data["actions"])
+    actions = _array("actions", data["actions"])
     if actions.ndim == 2 and actions.shape[1] == 1:
         actions = actions[:, 0]
     if actions.ndim != 1 or len(actions) == 0 or not np.issubdtype(actions.dtype, np.integer):
@@ -195,28 +232,47 @@ def _checked(data: Mapping[str, Any], observation_space: Space, n_actions: int) 
         raise ValueError(f"data['actions'] has {actions.min()} to {actions.max()}, but must have 0 to {n_actions - 1}")
     n = len(actions)
 
-    def numbers(name: str) -> Array:
-        array = np.asarray(data[name], dtype=np.float64)
-        if array.shape != (n,) or not np.isfinite(array).all():
-            raise ValueError(f"data[{name!r}] has shape {array.shape}, but must be {n} finite numbers, as actions are")
+    def of_shape(name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        array = _array(name, data[name], dtype)
+        if array.shape != shape:
+            raise ValueError(f"data[{name!r}] has shape {array.shape}, but must have {shape}, as there are {n} actions")
         return array
+
+    def flags(name: str, shape: tuple[int, ...] = (n,)) -> Array:
+        array = of_shape(name, shape, np.float64)
+        if not ((array == 0) | (array == 1)).all():
+            raise ValueError(f"data[{name!r}] must be of true and false, or 1 and 0")
+        true: Array = array == 1
+        return true
 
     def masks(name: str) -> Array:
-        array = np.asarray(data[name], dtype=bool)
-        if array.shape != (n, n_actions) or not array.any(axis=1).all():
-            raise ValueError(f"data[{name!r}] has shape {array.shape}, but must allow an action in {(n, n_actions)}")
+        array = flags(name, (n, n_actions))
+        if not array.any(axis=1).all():
+            raise ValueError(f"data[{name!r}] must allow an action in each of its {n} rows")
         return array
 
+    rewards = of_shape("rewards", (n,), np.float32)  # as replay keeps them
+    if not np.isfinite(rewards).all():
+        raise ValueError("data['rewards'] must be finite numbers, in 32 bits")
     return Transitions(
         observations=_observations("observations", data["observations"], observation_space, n),
         actions=actions.astype(np.int64),
-        rewards=numbers("rewards"),
+        rewards=rewards,
         next_observations=_observations("next_observations", data["next_observations"], observation_space, n),
-        terminations=numbers("terminations") != 0,
-        truncations=numbers("truncations") != 0 if "truncations" in data else np.zeros(n, dtype=bool),
+        terminations=flags("terminations"),
+        truncations=flags("truncations") if "truncations" in data else np.zeros(n, dtype=bool),
+        gaps=np.zeros(n, dtype=bool),  # found later
         action_masks=masks("action_masks") if "action_masks" in data else None,
         next_action_masks=masks("next_action_masks") if "next_action_masks" in data else None,
     )
+
+
+def _array(name: str, given: Any, dtype: npt.DTypeLike | None = None) -> Array:
+    try:
+        with np.errstate(over="ignore"):  # what becomes infinite is found later
+            return np.asarray(given, dtype=dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"data[{name!r}] must be an array of numbers, but is none: {error}") from error
 
 
 def _observations(name: str, given: Any, space: Space, n: int) -> Observation:
@@ -229,7 +285,7 @@ def _observations(name: str, given: Any, space: Space, n: int) -> Observation:
             assert not isinstance(array, dict)
             parts[key] = array
         return parts
-    array = np.asarray(given)
+    array = _array(name, given)
     assert space.dtype is not None
     shape = (n, *get_obs_shape(space))
     if isinstance(space, spaces.Discrete) and array.shape == (n,):
@@ -241,22 +297,41 @@ def _observations(name: str, given: Any, space: Space, n: int) -> Observation:
             f"data[{name!r}] has shape {array.shape} and dtype {array.dtype}, "
             f"but must have shape {shape} and dtype {space.dtype}"
         )
-    if isinstance(space, spaces.Discrete) and not ((array >= space.start) & (array < space.start + space.n)).all():
+    with np.errstate(over="ignore"):
+        cast = array.astype(space.dtype, copy=False)
+    if np.issubdtype(space.dtype, np.floating):
+        # Bounds are not looked at: those of environments are often too narrow
+        if not np.isfinite(cast).all():
+            raise ValueError(f"data[{name!r}] must be finite numbers of dtype {space.dtype}")
+    elif not (cast == array).all() or not _holds(space, cast):
         raise ValueError(f"data[{name!r}] has {array.min()} to {array.max()}, but must be of {space}")
-    if np.issubdtype(space.dtype, np.floating) and not np.isfinite(array).all():
-        raise ValueError(f"data[{name!r}] must be finite numbers")
-    return array.astype(space.dtype, copy=False)
+    return cast
+
+
+def _holds(space: Space, array: Array) -> bool:
+    """Whether whole numbers, ``(N, ...)``, lie within a space."""
+    if isinstance(space, spaces.Discrete):
+        return bool(((array >= space.start) & (array < space.start + space.n)).all())
+    if isinstance(space, spaces.MultiDiscrete):
+        return bool(((array >= space.start) & (array < space.start + space.nvec)).all())
+    if isinstance(space, spaces.MultiBinary):
+        return bool(((array == 0) | (array == 1)).all())
+    return True
 
 
 def _mark_gaps(transitions: Transitions) -> Transitions:
-    """Let transitions that the next one does not continue count as truncated, so that no return reaches over a gap."""
+    """Find the transitions that the next one does not continue, so that no return reaches over a gap."""
 
     def parts(observation: Observation) -> list[Array]:
         return list(observation.values()) if isinstance(observation, dict) else [observation]
 
-    gaps = np.ones(len(transitions.actions), dtype=bool)
-    gaps[:-1] = False
+    gaps = np.zeros(len(transitions.actions), dtype=bool)
     for now, following in zip(parts(transitions.observations), parts(transitions.next_observations), strict=True):
         differs = following[:-1] != now[1:]
         gaps[:-1] |= differs.reshape(len(differs), math.prod(differs.shape[1:])).any(axis=1)
-    return transitions._replace(truncations=(transitions.truncations | gaps) & ~transitions.terminations)
+    gaps[-1] = True
+    ended = transitions.terminations | transitions.truncations
+    return transitions._replace(
+        truncations=transitions.truncations & ~transitions.terminations,
+        gaps=gaps & ~ended,
+    )

@@ -11,6 +11,7 @@ import os
 import pathlib
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -52,14 +53,14 @@ def write_replay_buffer(buffer: ScratchReplayBuffer, path: Path) -> None:
         "handle_timeout_termination": buffer.handle_timeout_termination,
         "n_steps": buffer.n_steps,
         "gamma": buffer.gamma,
-        "frames": None,
+        "stacking": None,
         "sampler": None,
         "observation_space": describe_space(buffer.observation_space),
         "action_space": describe_space(buffer.action_space),
     }
-    if isinstance(buffer.store.kept, StackedFrames) and buffer.frames is not None:
-        axes = buffer.frames.axes
-        header["frames"] = {**buffer.frames._asdict(), "axes": axes if isinstance(axes, int) else dict(axes)}
+    if isinstance(buffer.store.keeper, StackedFrames) and buffer.stacking is not None:
+        axes = buffer.stacking.axes
+        header["stacking"] = {**buffer.stacking._asdict(), "axes": axes if isinstance(axes, int) else dict(axes)}
     if isinstance(buffer.sampler, PrioritizedSampler):
         header["sampler"] = buffer.sampler.settings()
         arrays["priorities"] = buffer.sampler.tree.values[: buffer.used_rows * buffer.n_envs]
@@ -93,14 +94,15 @@ def read_replay_archive(
     """
     header, arrays = _read(file, what)
     for name, needed in (("observation_space", observation_space), ("action_space", action_space)):
-        if header.get(name) != describe_space(needed):
-            its = header[name].get("text") if isinstance(header.get(name), dict) else None
+        its = header.get(name)
+        if not isinstance(its, dict) or _without_text(its) != _without_text(describe_space(needed)):
+            its = its.get("text") if isinstance(its, dict) else None
             raise ValueError(f"{what} has the {name.replace('_', ' ')} {its}, but the model's is {needed}")
     if header.get("n_envs") != n_envs:
         raise ValueError(f"{what} has n_envs={header.get('n_envs')}, but must have n_envs={n_envs}, as the model")
     try:
         return _restore(header, arrays, observation_space, action_space, n_envs, device)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, ArithmeticError, MemoryError) as error:
         raise ValueError(f"{what} does not hold together: {error}") from error
 
 
@@ -124,7 +126,7 @@ def _restore(
         handle_timeout_termination=bool(header["handle_timeout_termination"]),
         n_steps=int(header["n_steps"]),
         gamma=float(header["gamma"]),
-        frames=None if header["frames"] is None else Stacking(**header["frames"]),
+        stacking=None if header["stacking"] is None else Stacking(**header["stacking"]),
         prioritized=sampler is not None,
         **settings,
     )
@@ -149,7 +151,10 @@ def _read(file: IO[bytes], what: str) -> tuple[dict[str, Any], dict[str, Array]]
                 if name.endswith(_ARRAY_SUFFIX):
                     with archive.open(name) as member:
                         arrays[name.removesuffix(_ARRAY_SUFFIX)] = np.lib.format.read_array(member, allow_pickle=False)
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
+    except (
+        *(zipfile.BadZipFile, zlib.error, EOFError, OSError),
+        *(KeyError, ValueError, RuntimeError, NotImplementedError, MemoryError),
+    ) as error:
         raise ValueError(f"{what} is no replay buffer file, or was cut short: {error}") from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         raise ValueError(f"{what} is no replay buffer file: its header does not say so")
@@ -192,14 +197,28 @@ def _umask() -> int:
 
 
 def describe_space(space: Space) -> dict[str, Any]:
-    """All that tells a space from another one, as JSON has it."""
+    """All that tells a space from another one, as JSON has it; its ``text`` is for people alone."""
     described: dict[str, Any] = {"type": type(space).__name__, "text": str(space)}
     if isinstance(space, spaces.Dict):
         described["spaces"] = {key: describe_space(part) for key, part in space.spaces.items()}
     elif isinstance(space, spaces.Box):
         described.update(shape=list(space.shape), dtype=str(space.dtype))
         described.update(low=_bounds(space.low), high=_bounds(space.high))
+    elif isinstance(space, spaces.Discrete):
+        described.update(n=int(space.n), start=int(space.start))
+    elif isinstance(space, spaces.MultiDiscrete):
+        described.update(nvec=space.nvec.tolist())
+    elif isinstance(space, spaces.MultiBinary):
+        described.update(shape=list(space.shape))
     return described
+
+
+def _without_text(described: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {key: _without_text(part) for key, part in value.items()} if name == "spaces" else value
+        for name, value in described.items()
+        if name != "text"
+    }
 
 
 def _bounds(array: Array) -> list[float] | str:

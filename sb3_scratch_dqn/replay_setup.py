@@ -1,9 +1,11 @@
 """Which replay buffer a model gets, and what becomes of one that it loads."""
 
 import warnings
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING
 
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_scratch_dqn.conversion import PLAIN_BUFFERS, to_scratch_buffer
@@ -11,24 +13,26 @@ from sb3_scratch_dqn.memory import available_memory
 from sb3_scratch_dqn.replay import NotStackedError, ScratchReplayBuffer, Stacking
 from sb3_scratch_dqn.replay.frames import StackedFrames
 from sb3_scratch_dqn.replay.observations import DenseObservations
+from sb3_scratch_dqn.replay.samplers import SAMPLER_SETTINGS, make_sampler
 from sb3_scratch_dqn.stacking import find_stacking
 
 if TYPE_CHECKING:
     from sb3_scratch_dqn.dqn import ScratchDQN
 
 
-def make_replay_buffer(model: "ScratchDQN") -> ReplayBuffer:
+def make_replay_buffer(model: "ScratchDQN", env: VecEnv | None) -> ReplayBuffer:
     """Make the buffer that a model's settings ask for.
 
     :param model: whose settings are its attributes
-    :raises ValueError: for a ``HerReplayBuffer`` without an environment
+    :param env: its environment
+    :raises ValueError: for a ``HerReplayBuffer`` without an environment, or ``frames=True`` with one that stacks none
     """
     buffer_class, kwargs = model.replay_buffer_class or ScratchReplayBuffer, dict(model.replay_buffer_kwargs)
     if issubclass(buffer_class, ScratchReplayBuffer):
         kwargs.update(n_steps=model.n_steps, gamma=model.gamma)
-        stacking = _stacking(model, kwargs.pop("frames", "auto"))
-        if stacking is not None:
-            kwargs["frames"] = stacking
+        stacking = _stacking(model, env, kwargs.pop("frames", "auto"))
+        if stacking is not None and _takes(buffer_class, "stacking"):
+            kwargs["stacking"] = stacking
     elif model.n_steps > 1:
         warnings.warn(
             f"`n_steps={model.n_steps}` is ignored because `replay_buffer_class={buffer_class.__name__}` was given: "
@@ -36,9 +40,9 @@ def make_replay_buffer(model: "ScratchDQN") -> ReplayBuffer:
             stacklevel=3,
         )
     if issubclass(buffer_class, HerReplayBuffer):
-        if model.env is None:
+        if env is None:
             raise ValueError(f"env=None: a {buffer_class.__name__} needs env to compute rewards, so pass one")
-        kwargs["env"] = model.env
+        kwargs["env"] = env
     return buffer_class(
         model.buffer_size,
         model.observation_space,
@@ -50,17 +54,23 @@ def make_replay_buffer(model: "ScratchDQN") -> ReplayBuffer:
     )
 
 
-def _stacking(model: "ScratchDQN", frames: object) -> Stacking | None:
+def _takes(function: type, name: str) -> bool:
+    parameters = signature(function).parameters
+    return name in parameters or any(one.kind is Parameter.VAR_KEYWORD for one in parameters.values())
+
+
+def _stacking(model: "ScratchDQN", env: VecEnv | None, frames: object) -> Stacking | None:
     """How replay is to keep frames once; ``None`` for each observation in full.
 
-    :param model: whose environment and spaces count
+    :param model: whose spaces and settings count
+    :param env: its environment
     :param frames: the setting
     """
-    if frames not in ("auto", True, False):
+    if frames != "auto" and not isinstance(frames, bool):
         raise ValueError(f"frames={frames!r} must be 'auto', True or False")
     if frames is False or (frames == "auto" and model.optimize_memory_usage):
         return None
-    stacking = None if model.env is None else find_stacking(model.env)
+    stacking = None if env is None else find_stacking(env)
     if stacking is not None:
         try:
             StackedFrames(1, 1, model.observation_space, stacking)
@@ -69,7 +79,7 @@ def _stacking(model: "ScratchDQN", frames: object) -> Stacking | None:
                 raise
             warnings.warn(f"replay keeps each observation in full: env stacks frames, but {reason}", stacklevel=4)
             return None
-    elif frames is True and model.env is not None:
+    elif frames is True and env is not None:
         raise ValueError(
             "frames=True needs an env that stacks its frames by VecFrameStack, or by FrameStackObservation "
             "padded with zeros or the first frame"
@@ -77,48 +87,62 @@ def _stacking(model: "ScratchDQN", frames: object) -> Stacking | None:
     return stacking
 
 
-def renew_replay_buffer(model: "ScratchDQN") -> ReplayBuffer | None:
-    """What keeps the transitions of a model after its environment was changed.
+def buffer_for_environment(model: "ScratchDQN", env: VecEnv) -> ReplayBuffer | None:
+    """What is to keep the transitions of a model in another environment.
 
     :param model: whose settings are its attributes
-    :return: its buffer; or, if that is empty and would be made otherwise for the environment, a new one
+    :param env: the environment that it is to go on in
+    :return: the model's buffer; or, if that is empty and would be made otherwise for the environment, a new one
+    :raises ValueError: for ``frames=True`` with an environment that stacks none
     """
     buffer = model.replay_buffer
     if type(buffer) is ScratchReplayBuffer and buffer.size() == 0:
-        fresh = make_replay_buffer(model)
+        fresh = make_replay_buffer(model, env)
         assert isinstance(fresh, ScratchReplayBuffer)
-        if fresh.frames != buffer.frames:
+        if fresh.stacking != buffer.stacking:
             return fresh
     return buffer
 
 
-def warn_of_memory(buffer: ReplayBuffer, model: "ScratchDQN") -> None:
+def warn_of_memory(buffer: ReplayBuffer, env: VecEnv | None) -> None:
     """Say so if a full buffer would not fit into memory; SB3's buffers say it themselves.
 
     :param buffer: the buffer
-    :param model: whose settings are its attributes
+    :param env: the environment that it is filled from
     """
     if not isinstance(buffer, ScratchReplayBuffer):
         return
     store, available = buffer.store, available_memory()
-    needed = store.bytes_of(store.capacity) + buffer.sampler.bytes_of(store.capacity * buffer.n_envs)
-    held = store.bytes_of(store.rows)
+    transitions = store.capacity * buffer.n_envs
+    needed = store.bytes_of(store.capacity) + buffer.sampler.bytes_of(transitions)
+    held = store.bytes_of(store.rows) + buffer.sampler.bytes_of(store.rows * buffer.n_envs)
     if needed - held <= available:
         return
-    fitting = int(buffer.buffer_size * (held + available) / needed) * buffer.n_envs
+    fitting = int(transitions * (held + available) / needed)
     ways = [f"lower buffer_size ({fitting:,} transitions would fit)"]
-    if isinstance(store.kept, DenseObservations) and not buffer.optimize_memory_usage:
-        if model.env is not None and find_stacking(model.env) is not None:
+    if isinstance(store.keeper, DenseObservations) and not buffer.optimize_memory_usage:
+        if _could_keep_frames(buffer, env):
             ways.append("keep each frame once by replay_buffer_kwargs=dict(frames=True)")
         ways.append(
             "keep each observation once by optimize_memory_usage=True and "
             "replay_buffer_kwargs=dict(handle_timeout_termination=False)"
         )
     warnings.warn(
-        f"a full replay buffer of buffer_size={model.buffer_size:,} takes {needed / 1e9:.1f} GB, but only "
+        f"a full replay buffer of buffer_size={transitions:,} takes {needed / 1e9:.1f} GB, but only "
         f"{(held + available) / 1e9:.1f} GB of memory are available: {', or '.join(ways)}",
         stacklevel=4,
     )
+
+
+def _could_keep_frames(buffer: ScratchReplayBuffer, env: VecEnv | None) -> bool:
+    stacking = None if env is None else find_stacking(env)
+    if stacking is None or buffer.stacking is not None:
+        return False
+    try:
+        StackedFrames(1, 1, buffer.observation_space, stacking)
+    except NotStackedError:
+        return False
+    return True
 
 
 def adapt_replay_buffer(buffer: ReplayBuffer, model: "ScratchDQN") -> ReplayBuffer:
@@ -133,8 +157,8 @@ def adapt_replay_buffer(buffer: ReplayBuffer, model: "ScratchDQN") -> ReplayBuff
     if type(buffer) in PLAIN_BUFFERS:
         buffer = to_scratch_buffer(buffer, model.n_steps, model.gamma)
     if isinstance(buffer, ScratchReplayBuffer):
-        buffer.n_steps = model.n_steps
-        fresh = make_replay_buffer(model)
-        assert isinstance(fresh, ScratchReplayBuffer)
-        buffer.use_sampler(fresh.sampler)
+        buffer.n_steps, buffer.gamma = model.n_steps, model.gamma
+        kwargs = model.replay_buffer_kwargs
+        settings = {name: kwargs[name] for name in SAMPLER_SETTINGS if name in kwargs}
+        buffer.use_sampler(make_sampler(buffer.n_envs, **settings))
     return buffer

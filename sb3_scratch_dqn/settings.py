@@ -27,7 +27,7 @@ _GIVEN_TO_BUFFERS = {
     "optimize_memory_usage",
     "env",
 }
-_GIVEN_TO_OWN_BUFFERS = {"n_steps", "gamma"}
+_GIVEN_TO_OWN_BUFFERS = {"n_steps", "gamma", "stacking"}
 
 
 def check_settings(model: "ScratchDQN") -> None:
@@ -46,7 +46,8 @@ def check_settings(model: "ScratchDQN") -> None:
     buffer_class = model.replay_buffer_class or ScratchReplayBuffer
     own_buffer = issubclass(buffer_class, ScratchReplayBuffer)
     given = _GIVEN_TO_BUFFERS | _GIVEN_TO_OWN_BUFFERS if own_buffer else _GIVEN_TO_BUFFERS
-    checks.check_arguments("replay_buffer_kwargs", model.replay_buffer_kwargs, buffer_class, refused=given)
+    more = ("frames",) if own_buffer else ()
+    checks.check_arguments("replay_buffer_kwargs", model.replay_buffer_kwargs, buffer_class, refused=given, more=more)
     if model.env is not None and not own_buffer and has_masks(model.env):
         raise ValueError(
             f"replay_buffer_class={buffer_class.__name__} keeps no action masks, but env has them: "

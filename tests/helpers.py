@@ -1,12 +1,13 @@
 """What several tests need: small environments, and the comparison of two algorithms to the last bit."""
 
 import random
+from contextlib import contextmanager
 
 import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3 import DQN
-from stable_baselines3.common.buffers import NStepReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
@@ -92,14 +93,23 @@ class CoinPerEnvDQN(DQN):
         ), state
 
 
-def end_last_trajectory(model):
-    """Do for SB3 what it should do when its environment is to be reset: end the returns of several steps there.
+@contextmanager
+def ending_last_trajectory(model):
+    """Do for SB3, while it trains, what it should do when its environment is to be reset: end the last trajectory.
 
-    A documented departure: SB3's reach into the next episode.
+    A documented departure: SB3's returns of several steps reach into the next episode, and of observations that are
+    kept once, what came next is the first observation of the next episode.
     """
-    buffer = model.replay_buffer
-    if isinstance(buffer, NStepReplayBuffer):
-        buffer.timeouts[buffer.pos - 1] = 1 - buffer.dones[buffer.pos - 1]
+    buffer, newest = model.replay_buffer, model.replay_buffer.pos - 1
+    several_steps = isinstance(buffer, NStepReplayBuffer)
+    if several_steps:
+        timeouts = buffer.timeouts[newest].copy()
+        buffer.timeouts[newest] = 1 - buffer.dones[newest]
+    elif type(buffer) is ReplayBuffer and buffer.optimize_memory_usage:
+        buffer.dones[newest] = 1
+    yield
+    if several_steps:
+        buffer.timeouts[newest] = timeouts
 
 
 def random_states():

@@ -37,7 +37,7 @@ def test_the_benchmark_of_replay(capsys, monkeypatch):
     assert "| SB3 `ReplayBuffer` | 56,468 |" in printed
     ours = float(re.search(r"\| ours \| ([\d,]+) \|", printed)[1].replace(",", ""))
     # A frame, its age, and where the last frame of its episode lies; four frames in 250, and 17 last frames' room
-    assert 56_468 / ours == pytest.approx(56_468 / (84 * 84 * (1 + 4 / 250 + 16 / 250) + 6 + 8 + 12), rel=0.01)
+    assert 56_468 / ours == pytest.approx(56_468 / (84 * 84 * (1 + 4 / 250 + 16 / 250) + 7 + 8 + 12), rel=0.01)
 
 
 @pytest.mark.parametrize("arguments", [[], ["replay", "--rounds", "0"], ["replay", "--largest", "x"], ["nothing"]])

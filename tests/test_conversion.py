@@ -10,7 +10,7 @@ from helpers import (
     TimeoutEnv,
     assert_equal,
     assert_same_training,
-    end_last_trajectory,
+    ending_last_trajectory,
     normalized,
     random_states,
     replay_contents,
@@ -43,8 +43,8 @@ def go_on(model, make_env, states):
     if isinstance(model.replay_buffer, HerReplayBuffer):
         model.replay_buffer.env = model.env
     set_random_states(states)
-    end_last_trajectory(model)
-    model.learn(100, reset_num_timesteps=False)
+    with ending_last_trajectory(model):
+        model.learn(100, reset_num_timesteps=False)
     return model
 
 

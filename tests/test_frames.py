@@ -118,7 +118,7 @@ def make_buffers(env, capacity, **kwargs):
             env.action_space,
             device="cpu",
             n_envs=env.num_envs,
-            frames=frames,
+            stacking=frames,
             **kwargs,
         )
         for frames in (stacking, None)
@@ -157,12 +157,14 @@ def test_batches_equal_those_of_full_observations_and_of_a_naive_list(
             target.add(*copy.deepcopy(step))
         if count % 20 == 5:
             same_batches(frames, dense, seed=count)
-    assert isinstance(frames.store.kept, StackedFrames)
+    assert isinstance(frames.store.keeper, StackedFrames)
 
     # Every row and environment, not only those that a draw happens to choose
     rows, envs = (grid.reshape(-1) for grid in np.meshgrid(np.arange(frames.size()), np.arange(n_envs)))
     for kind in ("read", "read_next"):
-        assert_equal(getattr(dense.store.kept, kind)(rows, envs), copied(getattr(frames.store.kept, kind)(rows, envs)))
+        assert_equal(
+            getattr(dense.store.keeper, kind)(rows, envs), copied(getattr(frames.store.keeper, kind)(rows, envs))
+        )
     for got, expected in zip(
         frames.store.read_both(rows, rows, envs), dense.store.read_both(rows, rows, envs), strict=True
     ):
@@ -194,7 +196,7 @@ def test_images_are_found_and_kept_whichever_axis_has_the_channels(name, n_envs)
         dense.add(*copy.deepcopy(step))
     same_batches(frames, dense)
     assert_equal(replay_contents(dense), replay_contents(frames))
-    assert frames.store.bytes_of(40) < dense.store.bytes_of(40) / 6
+    assert frames.store.bytes_of(40) < dense.store.bytes_of(40) / 5
 
 
 def test_what_the_wrappers_say():
@@ -232,13 +234,13 @@ def test_what_is_no_stack_after_all_is_kept_in_full_and_said_once():
     env = DummyVecEnv([lambda: Halved(FrameStackObservation(FrameEnv("vector"), 3))])
     frames, dense = make_buffers(env, 50)
     first, *others = transitions(env, 70)
-    with pytest.warns(UserWarning, match="not stacked as their wrappers say"):
+    with pytest.warns(UserWarning, match="frames cannot be kept once, because an observation"):
         frames.add(*first)
     for step in others:
         frames.add(*step)  # says nothing any more: a warning would be an error
     for step in (first, *others):
         dense.add(*step)
-    assert type(frames.store.kept) is DenseObservations
+    assert type(frames.store.keeper) is DenseObservations
     same_batches(frames, dense)
 
 
@@ -253,7 +255,7 @@ def test_stacks_that_go_wrong_later_are_kept_in_full_from_then_on(when):
             step[1][1] += 1  # of one environment, which the observation after it is neither a start nor a successor of
         dense.add(*copy.deepcopy(step))
         if count == when + 1:
-            with pytest.warns(UserWarning, match="not stacked"):
+            with pytest.warns(UserWarning, match="frames cannot be kept once"):
                 frames.add(*copy.deepcopy(step))
         else:
             frames.add(*copy.deepcopy(step))
@@ -273,7 +275,7 @@ def test_last_observations_that_are_no_stacks_are_kept_whole(n_steps, prepared):
             buffer.add(*copy.deepcopy(step))
         same_batches(frames, dense, seed=count)
         assert_equal(replay_contents(dense), replay_contents(frames))
-    assert isinstance(frames.store.kept, StackedFrames)
+    assert isinstance(frames.store.keeper, StackedFrames)
     file = io.BytesIO()
     write_replay_buffer(frames, file)
     file.seek(0)
@@ -288,7 +290,7 @@ def test_last_observations_that_are_no_stacks_are_kept_whole(n_steps, prepared):
 def test_negative_zeros_and_nan_are_kept_to_the_bit():
     space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
     buffers = [
-        ScratchReplayBuffer(10, space, gym.spaces.Discrete(2), "cpu", frames=frames)
+        ScratchReplayBuffer(10, space, gym.spaces.Discrete(2), "cpu", stacking=frames)
         for frames in (Stacking(2, 0, "zero"), None)
     ]
     numbers = np.array([1.0, -0.0, np.nan, 0.0, 2.0, np.nan, -0.0, -0.0], dtype=np.float32).reshape(4, 2)
@@ -297,7 +299,7 @@ def test_negative_zeros_and_nan_are_kept_to_the_bit():
     for obs, next_obs in itertools.pairwise(stacks):
         for buffer in buffers:
             buffer.add(obs, next_obs, np.array([0]), np.array([0.0]), np.array([False]), [{}])
-    assert isinstance(buffers[0].store.kept, StackedFrames)
+    assert isinstance(buffers[0].store.keeper, StackedFrames)
     assert_equal(replay_contents(buffers[1]), replay_contents(buffers[0]))
 
 
@@ -311,7 +313,7 @@ def test_training_leaves_the_bits_of_sb3(stacker):
     settings = {"learning_starts": 40, "batch_size": 16, "buffer_size": 150, "seed": 7, "n_steps": 2}
     reference = DQN("MlpPolicy", make_env(), **settings).learn(400)
     model = ScratchDQN("MlpPolicy", make_env(), **settings, engine="eager").learn(400)
-    assert isinstance(model.replay_buffer.store.kept, StackedFrames)
+    assert isinstance(model.replay_buffer.store.keeper, StackedFrames)
     assert_same_training(reference, model)
 
 
@@ -329,7 +331,7 @@ def test_policies_of_images_train_alike_with_and_without(name):
             replay_buffer_kwargs={"frames": frames, "prioritized": True},
         )
         models.append(model.learn(120))
-        assert isinstance(model.replay_buffer.store.kept, StackedFrames) == frames
+        assert isinstance(model.replay_buffer.store.keeper, StackedFrames) == frames
     assert_same_training(*models)
 
 
@@ -359,7 +361,7 @@ def test_a_second_training_begins_with_a_reset_and_goes_on():
         model.learn(101)
         model.learn(101)
         model.learn(100, reset_num_timesteps=False)
-    assert isinstance(model.replay_buffer.store.kept, StackedFrames)
+    assert isinstance(model.replay_buffer.store.keeper, StackedFrames)
 
 
 def test_a_buffer_that_was_reset_begins_anew():
@@ -376,6 +378,64 @@ def test_a_buffer_that_was_reset_begins_anew():
         frames.add(*step)
         dense.add(*step)
     same_batches(frames, dense)
+
+
+def test_what_came_next_and_went_on_though_no_stack_is_seen_after_loading():
+    env = vec_frame_stack("vector", 1, 3)
+    frames, dense = make_buffers(env, 25)
+    *steps, last = itertools.takewhile(lambda step: not step[4].any(), transitions(env, 200, seed=3))
+    for step in steps:
+        frames.add(*copy.deepcopy(step))
+        dense.add(*copy.deepcopy(step))
+    wrong = last[1] + 1
+    file = io.BytesIO()
+    for buffer in (frames, dense):
+        buffer.add(last[0], wrong, *last[2:])
+    write_replay_buffer(frames, file)
+    file.seek(0)
+    restored = read_replay_archive(file, "it", env.observation_space, env.action_space, 1, "cpu")
+    following = np.concatenate([wrong[:, 2:], wrong[:, :2]], axis=1)
+    dense.add(wrong, following, *last[2:])
+    with pytest.warns(UserWarning, match="what came next was not the observation with one more frame"):
+        restored.add(wrong, following, *last[2:])
+    same_batches(restored, dense)
+
+
+def test_places_of_last_frames_are_used_again():
+    env = vec_frame_stack("vector", 2, 3)
+    frames, _ = make_buffers(env, 20)
+    for step in transitions(env, 600):
+        frames.add(*step)
+    assert sum(step[4].sum() for step in transitions(env, 600)) > 200
+    assert len(frames.store.keeper.last_frames[""]) <= 24
+
+
+def test_a_copy_is_a_copy():
+    env = vec_frame_stack("vector", 2, 3)
+    frames, _ = make_buffers(env, 20)
+    steps = list(transitions(env, 100))
+    for step in steps[:40]:
+        frames.add(*step)
+    before, other = copy.deepcopy(frames.store.keeper), copy.copy(frames.store.keeper)
+    for row, step in enumerate(steps[40:]):
+        other.write((40 + row) % 20, step[0], step[1])
+    assert_equal(before.arrays(20), frames.store.keeper.arrays(20))
+    assert before.free_slots == frames.store.keeper.free_slots
+
+
+def test_a_position_that_somebody_moved_is_told():
+    frames, _ = make_buffers(vec_frame_stack("vector", 1, 3), 20)
+    step = next(transitions(vec_frame_stack("vector", 1, 3), 1))
+    frames.add(*step)
+    frames.pos = 0
+    with pytest.raises(ValueError, match=r"pos=0 must be 1: .* empty the buffer by reset\(\)"):
+        frames.add(*step)
+
+
+def test_an_empty_buffer_of_sb3_becomes_one_of_frames():
+    model = ScratchDQN.from_sb3(DQN("MlpPolicy", vec_frame_stack("vector", 2, 3), buffer_size=100, learning_starts=50))
+    assert isinstance(model.replay_buffer.store.keeper, StackedFrames)
+    model.learn(20)
 
 
 def test_sb3_gets_the_observations_in_full():
@@ -404,7 +464,7 @@ def test_frames_are_refused_where_there_are_none():
     with pytest.raises(ValueError, match=r"frames='yes' must be 'auto', True or False"):
         ScratchDQN("MlpPolicy", "CartPole-v1", replay_buffer_kwargs={"frames": "yes"})
     with pytest.raises(NotStackedError, match="2 numbers along axis 0 are no 3 frames"):
-        ScratchReplayBuffer(9, SPACES["vector"], gym.spaces.Discrete(2), frames=Stacking(3, -1, "zero"))
+        ScratchReplayBuffer(9, SPACES["vector"], gym.spaces.Discrete(2), stacking=Stacking(3, -1, "zero"))
     with pytest.raises(ValueError, match="cannot be replaced"):
         make_buffers(vec_frame_stack("vector", 1, 3), 9)[0].observations = np.zeros(3)
     kwargs = {"handle_timeout_termination": False, "frames": True}
@@ -421,6 +481,9 @@ def test_sampled_tensors_do_not_share_memory_with_the_frames():
         frames.add(*step)
     before = replay_contents(frames)
     batch = frames.sample_batch(16)
+    following = batch.next_observations.clone()
+    batch.observations.zero_()
+    assert th.equal(batch.next_observations, following)
     for field in batch:
         if isinstance(field, th.Tensor):
             field.zero_()

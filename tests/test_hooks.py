@@ -134,7 +134,7 @@ def test_replay_arrays_may_be_changed_but_not_for_others_of_another_shape():
     buffer.rewards *= 2
     np.testing.assert_array_equal(buffer.rewards, 2 * before)
     buffer.next_observations = buffer.next_observations + 1
-    with pytest.raises(ValueError, match=r"rewards must be replaced by what has the same shape, \(256, 1\)"):
+    with pytest.raises(ValueError, match=r"rewards must be replaced by what has the same shape, \(489, 1\)"):
         buffer.rewards = np.zeros(3)
 
 

@@ -15,7 +15,7 @@ from helpers import (
     TimeoutEnv,
     assert_equal,
     assert_same_training,
-    end_last_trajectory,
+    ending_last_trajectory,
     full_state,
     normalized,
     random_states,
@@ -183,8 +183,9 @@ def test_saving_and_loading_in_the_middle_leaves_the_same_bits(name, tmp_path):
             loaded = algorithm.load(tmp_path / "model.zip", env=make_env())
         loaded.load_replay_buffer(tmp_path / "replay.pkl", truncate_last_traj=False)
         assert_equal(model.get_parameters(), loaded.get_parameters())
-        end_last_trajectory(loaded)
-        models.append(loaded.learn(100, reset_num_timesteps=False))
+        with ending_last_trajectory(loaded):
+            loaded.learn(100, reset_num_timesteps=False)
+        models.append(loaded)
     assert_same_training(*models)
 
 

@@ -8,14 +8,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from helpers import DictEnv, ImageEnv, TimeoutEnv, assert_equal, replay_contents
-from stable_baselines3 import DQN
+from stable_baselines3 import DQN, HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecFrameStack
 from test_masks import MaskedEnv
 
 from sb3_scratch_dqn import ScratchDQN
-from sb3_scratch_dqn.prefill import read_transitions, rows_of_environments
+from sb3_scratch_dqn.prefill import read_transitions
 from sb3_scratch_dqn.replay.frames import StackedFrames
 
 
@@ -64,6 +65,7 @@ def test_arrays_are_stored_as_they_are():
     np.testing.assert_array_equal(DATA["rewards"].astype(np.float32), buffer.rewards[:N, 0])
     np.testing.assert_array_equal(DATA["terminations"] | DATA["truncations"], buffer.dones[:N, 0])
     np.testing.assert_array_equal(DATA["truncations"], buffer.timeouts[:N, 0])
+    assert not buffer.store.cuts[:N].any(), "all episodes ended"
     assert 0 < DATA["terminations"].sum() < 12
 
 
@@ -80,12 +82,12 @@ def test_it_is_what_an_agent_collects_itself():
         "truncations": buffer.timeouts[rows, 0],
     }
     expected = replay_contents(buffer)
-    expected["dones"][-1] = 1  # the last episode, which nobody can go on with
-    expected["timeouts"][-1] = 1
     for source in (data, buffer):
         other = small_model()
         assert other.load_transitions(source) == 200
         assert_equal(expected, replay_contents(other.replay_buffer))
+        # The last episode has not ended, but nobody can go on with it
+        np.testing.assert_array_equal(np.flatnonzero(other.replay_buffer.store.cuts[:200, 0]), [199])
 
 
 def test_what_is_not_continued_counts_as_truncated():
@@ -96,8 +98,8 @@ def test_what_is_not_continued_counts_as_truncated():
     buffer = model.replay_buffer
     follows = (DATA["next_observations"][order][:-1] == DATA["observations"][order][1:]).all(axis=1)
     ended = shuffled["terminations"] | shuffled["truncations"]
-    np.testing.assert_array_equal(buffer.dones[: N - 1, 0], (ended[:-1] | ~follows))
-    np.testing.assert_array_equal(buffer.timeouts[:N, 0], buffer.dones[:N, 0] * ~shuffled["terminations"])
+    np.testing.assert_array_equal(buffer.dones[:N, 0], ended)
+    np.testing.assert_array_equal(buffer.store.cuts[: N - 1, 0], ~ended[:-1] & ~follows)
     np.random.seed(0)
     batch = buffer.sample_batch(200)
     rows = batch.places[0]
@@ -113,9 +115,9 @@ def test_each_environment_gets_a_piece():
     assert stored == N - N % 5
     buffer, rows = model.replay_buffer, stored // 5
     assert_equal(DATA["observations"][:stored].reshape(5, rows, 3).swapaxes(0, 1), buffer.observations[:rows])
-    assert buffer.dones[rows - 1].all()
-    truncated = ~DATA["terminations"][:stored].reshape(5, rows)[:, -1]
-    np.testing.assert_array_equal(buffer.timeouts[rows - 1], truncated)
+    ended = (DATA["terminations"] | DATA["truncations"])[:stored].reshape(5, rows)[:, -1]
+    np.testing.assert_array_equal(buffer.store.cuts[rows - 1], ~ended)
+    assert not ended.all()
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])
@@ -142,7 +144,8 @@ def test_a_buffer_of_sb3_is_read_from_its_oldest_transition_on(n_envs, steps, sh
             ended = bool(source.dones[row, env_index])
             timeout = bool(source.timeouts[row, env_index])
             assert transitions.terminations[at] == (ended and not timeout)
-            assert transitions.truncations[at] == (not (ended and not timeout) and (timeout or index == rows - 1))
+            assert transitions.truncations[at] == timeout
+            assert transitions.gaps[at] == (index == rows - 1 and not ended)
 
 
 def test_frames_that_were_kept_once_are_read_and_kept_once():
@@ -152,12 +155,12 @@ def test_frames_that_were_kept_once_are_read_and_kept_once():
     model = small_model(make_env(), learning_starts=10**6).learn(300)
     other = small_model(make_env())
     other.load_transitions(model.replay_buffer)
-    assert isinstance(other.replay_buffer.store.kept, StackedFrames)
+    assert isinstance(other.replay_buffer.store.keeper, StackedFrames)
     assert_equal(
         replay_contents(model.replay_buffer)["observations"], replay_contents(other.replay_buffer)["observations"]
     )
     other.learn(200)  # the environments are reset, so that frames go on being stacks
-    assert isinstance(other.replay_buffer.store.kept, StackedFrames)
+    assert isinstance(other.replay_buffer.store.keeper, StackedFrames)
 
 
 def test_masks_are_read_too():
@@ -205,19 +208,30 @@ def test_an_agent_learns_from_data_alone():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (42, r"data=42 must be a dict of arrays, a replay buffer, or a Minari data set"),
+        (42, "data is a int, but must be a dict of arrays, a replay buffer, or a Minari data set"),
         (changed(DATA, rewards=None), "data has no 'rewards': it must have observations, actions"),
         ({**DATA, "dones": DATA["terminations"]}, "data has the unknown name 'dones'"),
         (changed(DATA, actions=DATA["actions"] + 1), r"data\['actions'\] has 1 to 3, but must have 0 to 2"),
         (changed(DATA, actions=DATA["actions"] * 1.0), r"dtype float64, but must have shape \(N,\)"),
         (changed(DATA, actions=DATA["actions"][:0]), r"N at least 1"),
-        (changed(DATA, rewards=DATA["rewards"][1:]), rf"data\['rewards'\] has shape \({N - 1},\), but must be {N}"),
-        (changed(DATA, rewards=DATA["rewards"] * np.nan), "must be .* finite numbers"),
+        (
+            changed(DATA, rewards=DATA["rewards"][1:]),
+            rf"data\['rewards'\] has shape \({N - 1},\), but must have \({N},\)",
+        ),
+        (changed(DATA, rewards=DATA["rewards"] * np.nan), "must be finite numbers, in 32 bits"),
         (changed(DATA, observations=DATA["observations"][:, :2]), rf"shape \({N}, 2\) .* must have shape \({N}, 3\)"),
         (changed(DATA, observations=DATA["observations"] * np.inf), r"data\['observations'\] must be finite"),
         (changed(DATA, observations=DATA["observations"].astype(complex)), "dtype complex128, but must have"),
         (changed(DATA, next_observations={"a": DATA["observations"]}), r"data\['next_observations'\] has shape \(\)"),
         ({**DATA, "action_masks": np.ones((N, 3))}, "only one of 'action_masks' and 'next_action_masks'"),
+        (changed(DATA, rewards=DATA["rewards"] + 1e300), "must be finite numbers, in 32 bits"),
+        (changed(DATA, rewards=["a"] * N), r"data\['rewards'\] must be an array of numbers, but is none"),
+        (changed(DATA, observations=[[1, 2, 3], [4]] * N), r"data\['observations'\] must be an array of numbers"),
+        (changed(DATA, terminations=DATA["terminations"] + 0.5), r"data\['terminations'\] must be of true and false"),
+        (
+            changed(DATA, observations=DATA["observations"] + np.float64(1e300)),
+            "must be finite numbers of dtype float32",
+        ),
         ({**DATA, "action_masks": np.zeros((N, 3)), "next_action_masks": np.ones((N, 3))}, "must allow an action"),
     ],
 )
@@ -226,6 +240,79 @@ def test_data_that_does_not_fit_is_told_and_none_of_it_is_stored(data, message):
     with pytest.raises(ValueError, match=message):
         model.load_transitions(data)
     assert model.replay_buffer.size() == 0
+
+
+@pytest.mark.parametrize(
+    ("space", "wrong"),
+    [
+        (gym.spaces.Box(0, 255, (1,), np.uint8), 300),
+        (gym.spaces.Discrete(4), 4),
+        (gym.spaces.MultiDiscrete([2]), 2),
+        (gym.spaces.MultiBinary(1), 2),
+    ],
+)
+def test_whole_numbers_must_lie_within_the_space(space, wrong):
+    def data(value):
+        observations = np.array([[0], [value]], dtype=np.uint16)
+        return {
+            "observations": observations,
+            "actions": np.array([0, 1]),
+            "rewards": np.zeros(2),
+            "next_observations": observations,
+            "terminations": np.zeros(2),
+        }
+
+    assert len(read_transitions(data(1), space, 2).actions) == 2
+    with pytest.raises(ValueError, match=rf"data\['observations'\] has 0 to {wrong}, but must be of"):
+        read_transitions(data(wrong), space, 2)
+
+
+def test_a_gap_in_any_part_of_an_observation_is_one():
+    data = collected(DictEnv(), 1, seed=1)
+    assert len(data["actions"]) > 4
+    for key in data["observations"]:
+        other = {name: array.copy() for name, array in data["next_observations"].items()}
+        other[key][2] = (other[key][2] + 1) % 4
+        gaps = read_transitions({**data, "next_observations": other}, DictEnv.observation_space, 3).gaps
+        np.testing.assert_array_equal(np.flatnonzero(gaps), [2])
+
+
+def test_what_was_there_before_ends_where_data_begins():
+    model = small_model(n_steps=3).learn(8)
+    model.replay_buffer.dones[7] = 0
+    model.load_transitions(DATA)
+    assert model.replay_buffer.store.cuts[7]
+    fold = model.replay_buffer._fold(np.array([6, 7]), np.zeros(2, dtype=int), None, 0.5)
+    assert fold.last_rows.max() == 7
+
+
+def test_gaps_are_none_of_a_time_limit_s_business():
+    shuffled = {name: array[::-1] for name, array in DATA.items()}
+    model = small_model(replay_buffer_kwargs={"handle_timeout_termination": False})
+    model.load_transitions(changed(shuffled, truncations=None))
+    np.testing.assert_array_equal(model.replay_buffer.dones[:N, 0], shuffled["terminations"])
+
+
+def test_observations_that_are_kept_once_take_no_gaps_and_a_row_more():
+    settings = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
+    with pytest.raises(
+        ValueError, match=rf"data has {N} transitions, but must have 1 to {N - 1}, which buffer_size={N}"
+    ):
+        small_model(buffer_size=N, **settings).load_transitions(DATA)
+    with pytest.raises(ValueError, match=r"data has \d+ transitions that the next one does not continue"):
+        small_model(**settings).load_transitions({name: array[::-1] for name, array in DATA.items()})
+    model = small_model(buffer_size=N + 1, **settings)
+    assert model.load_transitions(DATA) == N
+    np.testing.assert_array_equal(model.replay_buffer.rewards[:N, 0], DATA["rewards"].astype(np.float32))
+
+
+def test_hindsight_needs_whole_episodes():
+    env = gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=4, continuous=False), 8)
+    model = ScratchDQN("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=20, seed=0).learn(
+        24
+    )
+    with pytest.raises(ValueError, match="replay_buffer_class=HerReplayBuffer must have whole episodes"):
+        model.load_transitions(model.replay_buffer)
 
 
 def test_data_must_fit_into_the_buffer():
@@ -271,7 +358,6 @@ def test_episodes_as_minari_has_them_are_read():
     assert_equal(np.concatenate([first.observations[1:], last.observations[1:]]), transitions.next_observations)
     np.testing.assert_array_equal(transitions.terminations, [0, 0, 0, 0, 1, 1])
     assert not transitions.truncations.any()
-    assert len(list(rows_of_environments(transitions, 2))) == 3
 
 
 def test_a_data_set_of_minari_is_read(tmp_path, monkeypatch):

@@ -212,7 +212,8 @@ def test_returns_of_several_steps_do_not_reach_over_a_reset(stacked):
     buffer = model.replay_buffer
     assert cuts == [0, 3, 5]
     assert not buffer.dones[:6].any()
-    np.testing.assert_array_equal(buffer.timeouts[:6], [[1, 1], [0, 0], [0, 0], [1, 1], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(buffer.store.cuts[:6], [[1, 1], [0, 0], [0, 0], [1, 1], [0, 0], [0, 0]])
+    assert not buffer.timeouts[:6].any()
     rows, envs = np.arange(6), np.zeros(6, dtype=int)
     fold = buffer._fold(rows, envs, None, 0.5)
     np.testing.assert_array_equal(fold.last_rows, [0, 3, 3, 3, 5, 5])
@@ -220,13 +221,72 @@ def test_returns_of_several_steps_do_not_reach_over_a_reset(stacked):
     np.testing.assert_array_equal(fold.discounts * (1 - fold.terminated), [0.5, 0.125, 0.25, 0.5, 0.25, 0.5])
 
 
+def test_the_end_of_an_episode_stays_one_where_the_environment_is_reset():
+    buffer = ScratchReplayBuffer(10, VECTOR, ACTIONS, device="cpu", n_envs=2, n_steps=3)
+    for obs, next_obs, action, reward, _, infos in random_steps(VECTOR, 2, 4, np.random.default_rng(0)):
+        buffer.add(obs, next_obs, action, reward, np.array([True, False]), [{} for _ in infos])
+    buffer.end_trajectories()
+    np.testing.assert_array_equal(buffer.store.cuts[:4], [[0, 0], [0, 0], [0, 0], [0, 1]])
+    fold = buffer._fold(np.array([3, 3]), np.array([0, 1]), None, 0.5)
+    np.testing.assert_array_equal(fold.terminated, [1, 0])
+    buffer.pos, buffer.full = 3, False
+    buffer.add(obs, next_obs, action, reward, np.array([True, False]), [{}, {}])
+    assert not buffer.store.cuts[3].any(), "what is written over a cut is none"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_new_environment_does_not_continue_the_old_one(shared):
+    settings = {"optimize_memory_usage": shared, "replay_buffer_kwargs": {"handle_timeout_termination": not shared}}
+    model = ScratchDQN("MlpPolicy", "CartPole-v1", n_steps=3, learning_starts=1000, seed=0, **settings).learn(8)
+    model.set_env(gym.make("CartPole-v1"))
+    model.learn(8, reset_num_timesteps=False)
+    rows = np.arange(4, 10)
+    fold = model.replay_buffer._fold(rows, np.zeros(6, dtype=int), None, 0.5)
+    np.testing.assert_array_equal(fold.last_rows, [6, 7, 7, 7, 10, 11])
+    # What came next is lost where observations are kept once, and so must not be learnt from
+    np.testing.assert_array_equal(fold.terminated, np.where(fold.last_rows == 7, shared, 0))
+
+
+def test_several_steps_do_not_reach_over_a_reset_that_happened_when_they_were_one(tmp_path):
+    model = ScratchDQN("MlpPolicy", "CartPole-v1", learning_starts=1000, seed=0).learn(8).learn(8)
+    model.save_replay_buffer(tmp_path / "replay")
+    other = ScratchDQN("MlpPolicy", "CartPole-v1", n_steps=3, gamma=0.5)
+    other.load_replay_buffer(tmp_path / "replay")
+    assert other.replay_buffer.gamma == 0.5
+    fold = other.replay_buffer._fold(np.array([6, 7]), np.zeros(2, dtype=int), None, 0.5)
+    np.testing.assert_array_equal(fold.last_rows, [7, 7])
+
+
+def test_an_environment_without_frames_is_refused_where_they_are_asked_for():
+    stacked = VecFrameStack(DummyVecEnv([lambda: gym.make("CartPole-v1")]), 2)
+    model = ScratchDQN("MlpPolicy", stacked, replay_buffer_kwargs={"frames": True})
+    env, buffer = model.env, model.replay_buffer
+    wide = gym.wrappers.TransformObservation(
+        gym.make("CartPole-v1"), lambda obs: np.concatenate([obs, obs]), stacked.observation_space
+    )
+    with pytest.raises(ValueError, match="frames=True needs an env that stacks its frames"):
+        model.set_env(wide)
+    assert model.env is env
+    assert model.replay_buffer is buffer
+
+
+def test_arrays_that_are_replaced_keep_their_kind():
+    buffer = ScratchReplayBuffer(10, NESTED, ACTIONS, device="cpu")
+    for step in random_steps(NESTED, 1, 10, np.random.default_rng(0)):
+        buffer.add(*step)
+    buffer.rewards = buffer.rewards.astype(np.float64) * 2
+    buffer.observations = {key: array.astype(np.float64) for key, array in buffer.observations.items()}
+    assert buffer.rewards.dtype == np.float32
+    assert {key: array.dtype for key, array in buffer.observations.items()} == {"a": np.float32, "b": np.int64}
+
+
 def test_memory_that_a_full_buffer_would_not_find_is_announced(monkeypatch):
     monkeypatch.setattr("sb3_scratch_dqn.replay_setup.available_memory", lambda: 10_000_000)
     settings = {"buffer_size": 1_000_000, "learning_starts": 1000}
-    # 2 x 4 numbers of 4 bytes, 8 for the action, 4 each for the reward, its end and its timeout
+    # 2 x 4 numbers of 4 bytes, 8 for the action, 4 each for the reward, its end and its timeout, 1 for cuts
     message = re.escape(
         "a full replay buffer of buffer_size=1,000,000 takes 0.1 GB, but only 0.0 GB of memory are available: "
-        "lower buffer_size (192,307 transitions would fit), or keep each observation once by "
+        "lower buffer_size (188,679 transitions would fit), or keep each observation once by "
         "optimize_memory_usage=True and replay_buffer_kwargs=dict(handle_timeout_termination=False)"
     )
     with pytest.warns(UserWarning, match=f"^{message}$"):
@@ -242,12 +302,13 @@ def test_there_is_memory():
 
 
 def test_what_a_container_may_still_take_counts(tmp_path, monkeypatch):
-    limit, usage, no_limit = tmp_path / "limit", tmp_path / "usage", tmp_path / "no limit"
-    limit.write_text("1000\n")
-    usage.write_text("700\n")
-    no_limit.write_text("max\n")
-    monkeypatch.setattr(memory, "_CONTAINER_FILES", ((no_limit, usage), (tmp_path / "none", usage), (limit, usage)))
-    assert available_memory() == 300
+    contents = {"limit": "1000\n", "usage": "700\n", "no limit": "max\n", "details": "active_file 7\nfiles 200\n"}
+    limit, usage, no_limit, details = (tmp_path / name for name in contents)
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+    rest = (usage, details, "files")
+    monkeypatch.setattr(memory, "_CONTAINER_FILES", ((no_limit, *rest), (tmp_path / "none", *rest), (limit, *rest)))
+    assert available_memory() == 500
 
 
 def test_an_environment_of_stacked_frames_given_later_is_found():
@@ -257,7 +318,7 @@ def test_an_environment_of_stacked_frames_given_later_is_found():
     model = ScratchDQN("MlpPolicy", make_env(), replay_buffer_kwargs={"frames": False})
     model.replay_buffer_kwargs = {}
     model.set_env(make_env())
-    assert model.replay_buffer.frames == Stacking(2, -1, "zero")
+    assert model.replay_buffer.stacking == Stacking(2, -1, "zero")
     model.learn(10)
     buffer = model.replay_buffer
     model.set_env(make_env())

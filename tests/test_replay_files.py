@@ -63,7 +63,7 @@ def test_a_buffer_comes_back_as_it_was(name, steps, tmp_path):
     loaded.load_replay_buffer(tmp_path / "replay", truncate_last_traj=False)
     ours, theirs = loaded.replay_buffer, model.replay_buffer
     assert_equal(replay_contents(theirs), replay_contents(ours))
-    assert type(ours.store.kept) is type(theirs.store.kept)
+    assert type(ours.store.keeper) is type(theirs.store.keeper)
     if steps:
         assert_equal(batch_of(theirs), batch_of(ours))
         # and it goes on as the other does
@@ -177,7 +177,9 @@ def header(**changed):
         (header(n_envs=3), "has n_envs=3, but must have n_envs=1"),
         (header(buffer_size=50), "does not hold together"),
         (header(n_steps="x"), "does not hold together"),
-        (header(frames={"n_stack": 2, "axes": 0, "padding": "zero"}), "does not hold together"),
+        (header(stacking={"n_stack": 0, "axes": 0, "padding": "zero"}), "n_stack of at least 1"),
+        (header(stacking={"n_stack": 3, "axes": 0, "padding": "zer"}), "padding 'zero' or 'first'"),
+        (header(stacking={"n_stack": 2, "axes": 0, "padding": "zero"}), "does not hold together"),
         (lambda m: m.pop("rewards.npy"), "it has no array 'rewards'"),
         (lambda m: m.update({"rewards.npy": array(np.zeros((90, 2), np.float32))}), r"'rewards' has shape \(90, 2\)"),
         (lambda m: m.update({"rewards.npy": array(np.zeros((90, 1)))}), "dtype float64, but must have .* float32"),
@@ -241,14 +243,32 @@ def test_a_class_that_only_pickles_know_is_loaded_without_further_words(tmp_path
     assert isinstance(loaded.replay_buffer, HerReplayBuffer)
 
 
+def test_arrays_do_not_pass_for_a_class_of_somebody_else_s(tmp_path):
+    env = gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=4, continuous=False), 8)
+    ScratchDQN("MultiInputPolicy", env).save_replay_buffer(tmp_path / "replay")
+    model = ScratchDQN("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=20, seed=0)
+    with pytest.raises(ValueError, match="is no pickle of a HerReplayBuffer, as it must be"):
+        model.load_replay_buffer(tmp_path / "replay")
+    model.learn(40).save_replay_buffer(tmp_path / "replay")
+    model.load_replay_buffer(tmp_path / "replay", truncate_last_traj=False)  # the .pkl, not the .npz beside it
+    assert model.replay_buffer.size() == 40
+
+
+def test_how_numpy_prints_does_not_matter(tmp_path):
+    model = ScratchDQN("MlpPolicy", "CartPole-v1")
+    model.save_replay_buffer(tmp_path / "replay")
+    with np.printoptions(precision=2):
+        ScratchDQN("MlpPolicy", "CartPole-v1").load_replay_buffer(tmp_path / "replay")
+
+
 def test_the_last_trajectory_ends_where_it_was_cut(tmp_path):
     model = make("several steps").learn(40)
-    model.replay_buffer.dones[39] = model.replay_buffer.timeouts[39] = 0
+    model.replay_buffer.dones[39] = 0
     model.save_replay_buffer(tmp_path / "replay")
-    for truncate, timeout in ((True, 1), (False, 0)):
+    for truncate in (True, False):
         loaded = make("several steps")
         loaded.load_replay_buffer(tmp_path / "replay", truncate_last_traj=truncate)
-        assert loaded.replay_buffer.timeouts[39] == timeout
+        assert loaded.replay_buffer.store.cuts[39] == truncate
 
 
 @pytest.mark.parametrize(
@@ -293,6 +313,6 @@ def test_large_buffers_are_not_copied_to_be_written(monkeypatch):
         replay_files.np.lib.format, "write_array", lambda member, array, **kwargs: written.append(array)
     )
     write_replay_buffer(model.replay_buffer, io.BytesIO())
-    kept = model.replay_buffer.store.kept
-    assert isinstance(kept, StackedFrames)
-    assert any(np.shares_memory(array, kept.frames[""]) for array in written)
+    keeper = model.replay_buffer.store.keeper
+    assert isinstance(keeper, StackedFrames)
+    assert any(np.shares_memory(array, keeper.frames[""]) for array in written)

@@ -94,7 +94,7 @@ def _steps(observations: list[Any], n_envs: int) -> list[Step]:
 
 
 def _image_steps() -> list[Step]:
-    """Five episodes of stacked frames, over and over: the last step of each is truncated."""
+    """The steps of an episode of stacked frames, the last of which is truncated."""
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (_EPISODE + 1, 84, 84)).astype(np.uint8)
     padded = np.concatenate([np.zeros((_N_STACK - 1, 84, 84), np.uint8), frames])
@@ -141,7 +141,7 @@ def memory(n_images: int) -> str:
     kinds: dict[str, ReplayBuffer] = {
         "SB3 `ReplayBuffer`": ReplayBuffer(n_images, _IMAGES, _ACTIONS, device="cpu"),
         "ours, `frames=False`": _ours(n_images, _IMAGES),
-        "ours": _ours(n_images, _IMAGES, frames=_STACKING),
+        "ours": _ours(n_images, _IMAGES, stacking=_STACKING),
     }
     sizes = {}
     for name, buffer in kinds.items():
@@ -175,7 +175,7 @@ def against_sb3(rounds: int, n_images: int) -> str:
         own_kwargs: dict[str, Any]
         batch_size: int
 
-    several_steps = {"n_steps": 3, "gamma": 0.99}
+    several_steps, frames = {"n_steps": 3, "gamma": 0.99}, {"stacking": _STACKING}
     images, small = _image_steps(), _N_NUMBERS
     cases = [
         Case("8 numbers", _VECTOR, 1, _vectors(1), small, ReplayBuffer, {}, {}, 32),
@@ -184,9 +184,17 @@ def against_sb3(rounds: int, n_images: int) -> str:
         Case("`Dict` of 3 and 5 numbers", _NESTED, 1, _nested(1), small, DictReplayBuffer, {}, {}, 128),
         Case("8 numbers, 3 steps", _VECTOR, 1, _vectors(1), small, NStepReplayBuffer, several_steps, {}, 128),
         Case("Atari, `frames=False`", _IMAGES, 1, images, n_images, ReplayBuffer, {}, {}, 32),
-        Case("Atari", _IMAGES, 1, images, n_images, ReplayBuffer, {}, {"frames": _STACKING}, 32),
+        Case("Atari", _IMAGES, 1, images, n_images, ReplayBuffer, {}, frames, 32),
         Case(
-            "Atari, 3 steps", _IMAGES, 1, images, n_images, NStepReplayBuffer, several_steps, {"frames": _STACKING}, 32
+            "Atari, 3 steps",
+            _IMAGES,
+            1,
+            images,
+            n_images,
+            NStepReplayBuffer,
+            several_steps,
+            {"stacking": _STACKING},
+            32,
         ),
     ]
     rows = []
@@ -218,7 +226,7 @@ def _cells(comparison: Comparison) -> list[str]:
 
 def frames_against_dense(rounds: int, n_images: int) -> str:
     """What keeping each frame once costs, or gains, in time."""
-    frames, dense = _ours(n_images, _IMAGES, frames=_STACKING), _ours(n_images, _IMAGES)
+    frames, dense = _ours(n_images, _IMAGES, stacking=_STACKING), _ours(n_images, _IMAGES)
     steps = _image_steps()
     for buffer in (frames, dense):
         _fill(buffer, steps, n_images + _EPISODE - n_images % _EPISODE)

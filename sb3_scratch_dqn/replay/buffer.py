@@ -12,7 +12,6 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_scratch_dqn.checks import check_flag
 from sb3_scratch_dqn.replay.batch import Batch, batch_from_samples
 from sb3_scratch_dqn.replay.frames import StackedFrames, Stacking
 from sb3_scratch_dqn.replay.nstep import Floats, Fold, fold_n_steps, fold_one_step
@@ -25,7 +24,7 @@ from sb3_scratch_dqn.replay.observations import (
     Space,
     gather,
 )
-from sb3_scratch_dqn.replay.samplers import PrioritizedSampler, Sampler, UniformSampler
+from sb3_scratch_dqn.replay.samplers import Sampler, UniformSampler, make_sampler
 from sb3_scratch_dqn.replay.stores import Store
 
 
@@ -55,9 +54,9 @@ class ScratchReplayBuffer(ReplayBuffer):
     :param beta: at the beginning of training
     :param beta_final: at its end
     :param epsilon: added to every priority
-    :param frames: how observations are stacked of frames, each of which is then kept once
-    :raises ValueError: if ``optimize_memory_usage`` and ``handle_timeout_termination`` are both set, or ``frames``
-        beside it, or observations that are kept once have not two rows
+    :param stacking: how observations are stacked of frames, each of which is then kept once
+    :raises ValueError: if ``optimize_memory_usage`` comes with ``handle_timeout_termination`` or ``stacking``, or with
+        a ``buffer_size`` of less than two rows
     :raises NotStackedError: if the observations have no room for such a stack
     """
 
@@ -83,7 +82,7 @@ class ScratchReplayBuffer(ReplayBuffer):
         beta: float = 0.4,
         beta_final: float = 1.0,
         epsilon: float = 1e-6,
-        frames: Stacking | None = None,
+        stacking: Stacking | None = None,
     ) -> None:
         # ReplayBuffer.__init__ would allocate the whole buffer
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
@@ -98,23 +97,20 @@ class ScratchReplayBuffer(ReplayBuffer):
                 f"buffer_size={buffer_size} must be at least {2 * n_envs} with optimize_memory_usage=True: "
                 "what came next takes a row of its own in each environment"
             )
-        if optimize_memory_usage and frames is not None:
+        if optimize_memory_usage and stacking is not None:
             raise ValueError("optimize_memory_usage=True needs frames=False: frames are kept once in another way")
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
         self.n_steps = n_steps
         self.gamma = gamma
-        check_flag("prioritized", prioritized)
-        self.sampler: Sampler = UniformSampler()
-        if prioritized:
-            self.sampler = PrioritizedSampler(n_envs, alpha, beta, beta_final, epsilon)
-        self.frames = frames
+        self.sampler = make_sampler(n_envs, prioritized, alpha, beta, beta_final, epsilon)
+        self.stacking = stacking
         self.store = self._make_store()
 
     def _make_store(self) -> Store:
         keeper: Observations
-        if self.frames is not None:
-            keeper = StackedFrames(self.buffer_size, self.n_envs, self.observation_space, self.frames)
+        if self.stacking is not None:
+            keeper = StackedFrames(self.buffer_size, self.n_envs, self.observation_space, self.stacking)
         elif self.optimize_memory_usage:
             keeper = SharedObservations(self.buffer_size, self.n_envs, self.observation_space)
         else:
@@ -259,13 +255,16 @@ class ScratchReplayBuffer(ReplayBuffer):
         return self._tensor(normalized)
 
     def end_trajectories(self) -> None:
-        """Let no step that is added from now on count as the continuation of one that was.
+        """Let no step that is added from now on count as the continuation of one that was added before.
 
-        The newest steps count as truncated, if their episodes go on.
+        Returns of several steps end there. Where observations are kept once, what came next is lost with the next step,
+        so that the newest steps count as terminal, as SB3 has it.
         """
         if self.size() > 0:
             newest = (self.pos - 1) % self.buffer_size
-            self.store.timeouts[newest] = np.maximum(self.store.timeouts[newest], 1 - self.store.dones[newest])
+            self.store.cuts[newest] = self.store.dones[newest] == 0
+            if self.optimize_memory_usage:
+                self.store.dones[newest] = 1
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy what was filled, not what was reserved."""

@@ -19,7 +19,6 @@ believed to do: an observation that is no stack after all raises :class:`NotStac
 
 import math
 from collections.abc import Mapping
-from copy import copy
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -124,6 +123,8 @@ class StackedFrames:
     rows_ahead = 0
 
     def __init__(self, capacity: int, n_envs: int, space: Space, stacking: Stacking) -> None:
+        if stacking.n_stack < 1 or stacking.padding not in ("zero", "first"):
+            raise ValueError(f"stacking={stacking} must have n_stack of at least 1 and padding 'zero' or 'first'")
         self.capacity = capacity
         self.n_envs = n_envs
         self.space = space
@@ -178,7 +179,11 @@ class StackedFrames:
             raise NotStackedError("what came next was not the observation with one more frame, but was gone on with")
 
         step, places = self.steps, len(next(iter(self.frames.values())))
-        assert row == step % self.capacity
+        if row != step % self.capacity:
+            raise ValueError(
+                f"pos={row} must be {step % self.capacity}: frames lie in the order in which they came, "
+                "so empty the buffer by reset()"
+            )
         # Before the first step there is none: nothing continues it, and the row is not looked at
         previous_row = (step - 1) % self.capacity if step > 0 else row
         ages = np.minimum(self.ages[previous_row] + 1, self.n_stack - 1)
@@ -286,15 +291,8 @@ class StackedFrames:
         return self._join(window)
 
     def read_both(self, rows: Array, last_rows: Array, envs: Array) -> tuple[Observation, Observation]:
-        """What was observed in ``rows``, and one step after ``last_rows``; copies, which may share memory."""
-        if last_rows is not rows or self._keeps_whole:
-            return self.read(rows, envs), self.read_next(last_rows, envs)
-        window = self._window(rows, envs, range(1 - self.n_stack, 2))
-        self._put_last_frames(window, rows, envs)
-        return (
-            self._join({key: frames[:, :-1] for key, frames in window.items()}),
-            self._join({key: frames[:, 1:] for key, frames in window.items()}),
-        )
+        """What was observed in ``rows``, and one step after ``last_rows``."""
+        return self.read(rows, envs), self.read_next(last_rows, envs)
 
     def _window(self, rows: Array, envs: Array, offsets: range) -> dict[str, Array]:
         """The frames at these steps after those of the rows, ``(B, len(offsets), ...)``, with padding."""
@@ -318,11 +316,11 @@ class StackedFrames:
 
     def _put_last_frames(self, window: dict[str, Array], rows: Array, envs: Array) -> None:
         slots = gather(self.last_slots, rows, envs)
-        kept = slots >= 0
-        if kept.any():
+        ended = slots >= 0
+        if ended.any():
             for key, frames in window.items():
                 pool = self.last_frames[key]
-                frames[kept, -pool.shape[1] :] = pool[slots[kept]]
+                frames[ended, -pool.shape[1] :] = pool[slots[ended]]
 
     def _join(self, window: dict[str, Array]) -> Observation:
         stacks = {key: self.layouts[key].stacks(frames) for key, frames in window.items()}
@@ -371,9 +369,11 @@ class StackedFrames:
         self.last_slots = resized(self.last_slots, rows, fill=-1)
 
     def bytes_of(self, rows: int) -> int:
-        """The memory that this many rows take, without the last frames of episodes, whose number nobody knows."""
+        """The memory that this many rows take, if episodes go on to be as long as they were."""
         of_frames = sum(row_bytes(array) for array in self.frames.values())
-        return (rows + self.n_stack) * of_frames + rows * (row_bytes(self.ages) + row_bytes(self.last_slots))
+        of_last_frames = sum(array.nbytes for array in self.last_frames.values()) / max(len(self.ages), 1)
+        of_rows = row_bytes(self.ages) + row_bytes(self.last_slots) + of_last_frames
+        return (rows + self.n_stack) * of_frames + int(rows * of_rows)
 
     def arrays(self, rows: int) -> dict[str, Array]:
         """All that these first rows need, by name, for a file; not copied."""
@@ -431,6 +431,8 @@ class StackedFrames:
         """A keeper whose writing does not reach into this one."""
         other = object.__new__(type(self))
         vars(other).update(vars(self))
-        other.frames, other.last_frames = copy(self.frames), copy(self.last_frames)
+        other.frames = {key: array.copy() for key, array in self.frames.items()}
+        other.last_frames = {key: array.copy() for key, array in self.last_frames.items()}
+        other.ages, other.last_slots = self.ages.copy(), self.last_slots.copy()
         other.free_slots = self.free_slots.copy()
         return other

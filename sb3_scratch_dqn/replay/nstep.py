@@ -6,8 +6,9 @@ From a step :math:`t` onwards, with :math:`k \le n` steps that belong to one epi
           \text{target} = R_t + \gamma^k (1 - \text{terminated}_{t+k-1}) V(s_{t+k}).
 
 A window ends early at a termination, at a truncation (which bootstraps from the observation the truncated episode
-ended with) and at the newest step of the ring, whose continuation is not known yet. So every step of an episode
-can be a start, and no window reaches into another episode.
+ended with), where the environment was reset in the middle of an episode (likewise) and at the newest step of the ring,
+whose continuation is not known yet. So every step of an episode can be a start, and no window reaches into another
+episode.
 """
 
 from collections.abc import Callable
@@ -79,6 +80,7 @@ def fold_n_steps(
     columns = envs[:, None]
 
     ends = np.logical_or(store.dones[readable, columns], store.timeouts[readable, columns])
+    ends |= store.cuts[readable, columns]
     ends |= window == newest_row
     last = np.where(ends.any(axis=1), ends.argmax(axis=1), n_steps - 1)  # (B,)
     inside = steps <= last[:, None]  # (B, n_steps)

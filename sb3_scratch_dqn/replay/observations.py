@@ -184,7 +184,14 @@ class DenseObservations:
 
         if isinstance(value, dict) != isinstance(current, dict) or shapes(value) != shapes(current):
             raise ValueError(f"{name} must be replaced by what has the same shape, {shapes(current)}")
-        setattr(self, name, map_observation(np.ascontiguousarray, value))
+        if isinstance(current, dict):
+            assert isinstance(value, dict)
+            cast: Observation = {
+                key: np.ascontiguousarray(array, dtype=current[key].dtype) for key, array in value.items()
+            }
+        else:
+            cast = np.ascontiguousarray(value, dtype=current.dtype)
+        setattr(self, name, cast)
 
     def write(self, row: int, observation: Observation, next_observation: Observation) -> None:
         """Put one step of every environment into ``row``; each observation is ``(n_envs, ...)``."""

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-from sb3_scratch_dqn.checks import check_fraction, check_number, check_positive
+from sb3_scratch_dqn.checks import check_flag, check_fraction, check_number, check_positive
 from sb3_scratch_dqn.replay.observations import Array
 from sb3_scratch_dqn.replay.sum_tree import SumTree
 
@@ -248,3 +248,16 @@ class PrioritizedSampler:
         self.max_value, self.progress_remaining = max_value, progress_remaining
         self.tree.reserve(transitions)
         self.tree.set(np.arange(transitions), values)
+
+
+def make_sampler(
+    n_envs: int,
+    prioritized: bool = False,
+    alpha: float = 0.6,
+    beta: float = 0.4,
+    beta_final: float = 1.0,
+    epsilon: float = 1e-6,
+) -> Sampler:
+    """Make the sampler that settings ask for; the parameters are those of :class:`PrioritizedSampler`."""
+    check_flag("prioritized", prioritized)
+    return PrioritizedSampler(n_envs, alpha, beta, beta_final, epsilon) if prioritized else UniformSampler()

@@ -38,17 +38,22 @@ class Store:
     :param action_dim: numbers in one action
     :param action_dtype: the dtype of these numbers
 
+    ``cuts`` are true where the following row does not go on with the episode although that did not end, as when
+    the environment was reset.
+
     Masks of allowed actions, ``(rows, n_envs, A)``, are kept from the first that is written on; before that they are
     ``None``, and cost nothing.
     """
 
-    COLUMNS: ClassVar = ("actions", "rewards", "dones", "timeouts")
+    COLUMNS: ClassVar = ("actions", "rewards", "dones", "timeouts")  # those that SB3's buffers have too
+    OWN_COLUMNS: ClassVar = (*COLUMNS, "cuts")
     MASKS: ClassVar = ("action_masks", "next_action_masks")
 
     actions: Array
     rewards: npt.NDArray[np.float32]
     dones: npt.NDArray[np.float32]
     timeouts: npt.NDArray[np.float32]
+    cuts: npt.NDArray[np.bool_]
     action_masks: npt.NDArray[np.bool_] | None = None
     next_action_masks: npt.NDArray[np.bool_] | None = None
 
@@ -57,16 +62,17 @@ class Store:
     ) -> None:
         self.capacity = capacity
         self.rows = 0
-        self.kept = observations
+        self.keeper = observations
         self.actions = np.zeros((0, n_envs, action_dim), dtype=action_dtype)
         self.rewards = np.zeros((0, n_envs), dtype=np.float32)
         self.dones = np.zeros((0, n_envs), dtype=np.float32)
         self.timeouts = np.zeros((0, n_envs), dtype=np.float32)
+        self.cuts = np.zeros((0, n_envs), dtype=bool)
 
     @property
     def observations(self) -> Observation:
         """What was observed, ``(rows, n_envs, ...)``."""
-        return self.kept.observations
+        return self.keeper.observations
 
     @property
     def next_observations(self) -> Observation:
@@ -74,20 +80,20 @@ class Store:
 
         :raises AttributeError: if each observation is kept once
         """
-        return self.kept.next_observations
+        return self.keeper.next_observations
 
     def replace(self, name: str, value: Observation) -> None:
         """Put other arrays in the place of those of this name.
 
         :raises ValueError: if they are of another kind or shape
         """
-        if name not in self.COLUMNS:
-            self.kept.replace(name, value)
+        if name not in self.OWN_COLUMNS:
+            self.keeper.replace(name, value)
             return
         current = getattr(self, name)
         if isinstance(value, dict) or value.shape != current.shape:
             raise ValueError(f"{name} must be replaced by what has the same shape, {current.shape}")
-        setattr(self, name, value)
+        setattr(self, name, np.ascontiguousarray(value, dtype=current.dtype))
 
     def reserve(self, rows: int) -> None:
         """Have memory for at least ``rows`` rows.
@@ -105,13 +111,13 @@ class Store:
     def trimmed(self, rows: int) -> "Store":
         """A store that holds the first ``rows`` rows, for saving; it grows again when written to."""
         store = copy(self)
-        store.kept = copy(self.kept)
+        store.keeper = copy(self.keeper)
         store._resize(min(rows, self.rows))
         return store
 
     def _resize(self, rows: int) -> None:
-        self.kept.resize(rows)
-        for name in self.COLUMNS:
+        self.keeper.resize(rows)
+        for name in self.OWN_COLUMNS:
             setattr(self, name, resized(getattr(self, name), rows))
         for name in self.MASKS:
             masks = getattr(self, name)
@@ -130,24 +136,25 @@ class Store:
         timeout: Array | float,
     ) -> None:
         """Put one step of every environment into ``row``; each argument is ``(n_envs, ...)``."""
-        needed = row + 1 + self.kept.rows_ahead
+        needed = row + 1 + self.keeper.rows_ahead
         if needed > self.rows:
             self.reserve(min(needed, self.capacity))
         try:
-            self.kept.write(row, observation, next_observation)
+            self.keeper.write(row, observation, next_observation)
         except NotStackedError as reason:
-            assert isinstance(self.kept, StackedFrames)
+            assert isinstance(self.keeper, StackedFrames)
             warnings.warn(
-                f"observations are not stacked as their wrappers say: {reason}. Replay keeps each in full from now on, "
-                f"which takes {2 * self.kept.n_stack} times the memory (frames=False keeps them so from the beginning)",
+                f"replay keeps each observation in full from now on, which takes {2 * self.keeper.n_stack} times the "
+                f"memory: frames cannot be kept once, because {reason}",
                 stacklevel=3,
             )
-            self.kept = self.kept.dense()
-            self.kept.write(row, observation, next_observation)
+            self.keeper = self.keeper.dense()
+            self.keeper.write(row, observation, next_observation)
         self.actions[row] = action.reshape(self.actions.shape[1:])
         self.rewards[row] = reward
         self.dones[row] = done
         self.timeouts[row] = timeout
+        self.cuts[row] = False
 
     def write_masks(self, row: int, masks: Array | bool, next_masks: Array | bool) -> None:
         """Put what was allowed before and after one step into a row that was written.
@@ -171,20 +178,20 @@ class Store:
         :param last_rows: ``(B,)``; ``rows`` itself where the steps are single ones
         :param envs: ``(B,)``
         """
-        return self.kept.read_both(rows, last_rows, envs)
+        return self.keeper.read_both(rows, last_rows, envs)
 
     def bytes_of(self, rows: int) -> int:
         """The memory that this many rows take."""
-        columns = [getattr(self, name) for name in self.COLUMNS]
+        columns = [getattr(self, name) for name in self.OWN_COLUMNS]
         columns += [masks for masks in (self.action_masks, self.next_action_masks) if masks is not None]
-        return rows * sum(row_bytes(array) for array in columns) + self.kept.bytes_of(rows)
+        return rows * sum(row_bytes(array) for array in columns) + self.keeper.bytes_of(rows)
 
     def arrays(self, rows: int) -> dict[str, Array]:
         """All that the first rows need, by name, for a file; not copied."""
-        columns = {name: getattr(self, name) for name in (*self.COLUMNS, *self.MASKS)}
+        columns = {name: getattr(self, name) for name in (*self.OWN_COLUMNS, *self.MASKS)}
         return {
             **{name: array[:rows] for name, array in columns.items() if array is not None},
-            **self.kept.arrays(rows),
+            **self.keeper.arrays(rows),
         }
 
     def restore(self, arrays: dict[str, Array], rows: int, next_row: int, n_actions: int) -> None:
@@ -196,9 +203,10 @@ class Store:
         :param n_actions: ``A`` of the masks, if there are any
         :raises ValueError: naming an array that is missing, or has another shape or dtype than it must
         """
-        taken: dict[str, Any] = {name: take_array(arrays, name, getattr(self, name), rows) for name in self.COLUMNS}
+        columns = self.OWN_COLUMNS
+        taken: dict[str, Any] = {name: take_array(arrays, name, getattr(self, name), rows) for name in columns}
         like = np.zeros((0, self.rewards.shape[1], n_actions), dtype=bool)
         taken.update({name: take_array(arrays, name, like, rows) for name in self.MASKS if name in arrays})
-        self.kept.restore(arrays, rows, next_row)
+        self.keeper.restore(arrays, rows, next_row)
         vars(self).update(taken)
         self.rows = rows
