@@ -125,6 +125,11 @@ def make_buffers(env, capacity, **kwargs):
     ]
 
 
+def add_all(buffer, steps):
+    for step in steps:
+        buffer.add(*step)
+
+
 def same_batches(frames, dense, size=16, seed=0):
     batches = []
     for buffer in (frames, dense):
@@ -233,33 +238,75 @@ class Halved(gym.ObservationWrapper):
 def test_what_is_no_stack_after_all_is_kept_in_full_and_said_once():
     env = DummyVecEnv([lambda: Halved(FrameStackObservation(FrameEnv("vector"), 3))])
     frames, dense = make_buffers(env, 50)
-    first, *others = transitions(env, 70)
-    with pytest.warns(UserWarning, match="frames cannot be kept once, because an observation"):
-        frames.add(*first)
-    for step in others:
-        frames.add(*step)  # says nothing any more: a warning would be an error
-    for step in (first, *others):
-        dense.add(*step)
+    steps = list(transitions(env, 70))
+    with pytest.warns(
+        UserWarning, match=r"in full from now on, .* 6 times the memory: frames cannot be kept once"
+    ) as said:
+        add_all(frames, steps)
+    assert len(said) == 1
+    add_all(dense, steps)
     assert type(frames.store.keeper) is DenseObservations
     same_batches(frames, dense)
 
 
 @pytest.mark.parametrize("when", [3, 60])
-def test_stacks_that_go_wrong_later_are_kept_in_full_from_then_on(when):
+def test_a_stack_that_goes_wrong_is_kept_as_it_is(when):
     env = vec_frame_stack("vector", 2, 3)
     frames, dense = make_buffers(env, 25)
-    steps = list(transitions(env, 80))
-    when = next(count for count in range(when, 80) if not steps[count][4][1])
-    for count, step in enumerate(steps):
+    for count, step in enumerate(transitions(env, 80)):
         if count == when:
-            step[1][1] += 1  # of one environment, which the observation after it is neither a start nor a successor of
-        dense.add(*copy.deepcopy(step))
-        if count == when + 1:
-            with pytest.warns(UserWarning, match="frames cannot be kept once"):
-                frames.add(*copy.deepcopy(step))
-        else:
-            frames.add(*copy.deepcopy(step))
+            step[1][1] += 1  # of one environment, which the observation after it is no successor of
+        for buffer in (frames, dense):
+            buffer.add(*copy.deepcopy(step))
         same_batches(frames, dense)
+        assert_equal(replay_contents(dense), replay_contents(frames))
+    assert isinstance(frames.store.keeper, StackedFrames)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    name=st.sampled_from(["vector", "channels last", "dict"]),
+    capacity=st.one_of(st.integers(1, 30), st.just(1000)),
+    n_envs=st.integers(1, 3),
+    k=st.integers(1, 5),
+    n_steps=st.integers(1, 4),
+    left_out=st.lists(st.integers(1, 150), max_size=5),
+    saved_at=st.integers(0, 120),
+    seed=st.integers(0, 1000),
+)
+def test_pieces_that_begin_in_the_middle_of_an_episode_are_kept_too(
+    name, capacity, n_envs, k, n_steps, left_out, saved_at, seed
+):
+    env = vec_frame_stack(name, n_envs, k)
+    frames, dense = make_buffers(env, capacity, n_steps=n_steps)
+    for count, step in enumerate(transitions(env, 120, seed)):
+        if any(begin <= count < begin + 3 for begin in left_out):
+            continue
+        for buffer in (frames, dense):
+            buffer.add(*copy.deepcopy(step))
+        if count == saved_at:
+            file = io.BytesIO()
+            write_replay_buffer(frames, file)
+            file.seek(0)
+            frames = read_replay_archive(file, "it", env.observation_space, env.action_space, n_envs, "cpu")
+        if count % 10 == 0:
+            same_batches(frames, dense, seed=count)
+    assert isinstance(frames.store.keeper, StackedFrames)
+    assert_equal(replay_contents(dense), replay_contents(frames))
+    pool = frames.store.keeper.whole
+    assert pool.used == (pool.slots >= 0).sum() <= len(left_out) * n_envs * max(k - 1, 0)
+
+
+def test_unordered_observations_are_not_kept_as_frames():
+    env = vec_frame_stack("vector", 2, 3)
+    frames, dense = make_buffers(env, 1000)
+    steps = list(transitions(env, 300))
+    order = np.random.default_rng(0).permutation(300)
+    with pytest.warns(UserWarning, match="too many observations neither continue the one before nor begin an episode"):
+        add_all(frames, [steps[index] for index in order])
+    add_all(dense, [steps[index] for index in order])
+    assert type(frames.store.keeper) is DenseObservations
+    same_batches(frames, dense)
 
 
 @pytest.mark.parametrize("n_steps", [1, 3])
@@ -407,7 +454,7 @@ def test_places_of_last_frames_are_used_again():
     for step in transitions(env, 600):
         frames.add(*step)
     assert sum(step[4].sum() for step in transitions(env, 600)) > 200
-    assert len(frames.store.keeper.last_frames[""]) <= 24
+    assert len(frames.store.keeper.last.frames[""]) <= 24
 
 
 def test_a_copy_is_a_copy():
@@ -420,7 +467,7 @@ def test_a_copy_is_a_copy():
     for row, step in enumerate(steps[40:]):
         other.write((40 + row) % 20, step[0], step[1])
     assert_equal(before.arrays(20), frames.store.keeper.arrays(20))
-    assert before.free_slots == frames.store.keeper.free_slots
+    assert before.last.free == frames.store.keeper.last.free
 
 
 def test_a_position_that_somebody_moved_is_told():

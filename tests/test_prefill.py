@@ -163,6 +163,18 @@ def test_frames_that_were_kept_once_are_read_and_kept_once():
     assert isinstance(other.replay_buffer.store.keeper, StackedFrames)
 
 
+def test_a_full_buffer_of_frames_goes_into_more_environments_as_frames():
+    def make_env(n_envs):
+        return VecFrameStack(make_vec_env(TimeoutEnv, n_envs=n_envs, seed=0), 3)
+
+    model = small_model(make_env(1), learning_starts=10**6, buffer_size=400).learn(600)
+    other = small_model(make_env(2))
+    assert other.load_transitions(model.replay_buffer) == 400  # its oldest step, and the 201st, lie within episodes
+    assert isinstance(other.replay_buffer.store.keeper, StackedFrames)
+    kept = np.asarray(other.replay_buffer.observations)[:200].swapaxes(0, 1).reshape(400, -1)
+    assert_equal(np.roll(np.asarray(model.replay_buffer.observations)[:, 0], -model.replay_buffer.pos, axis=0), kept)
+
+
 def test_masks_are_read_too():
     model = small_model(MaskedEnv(), learning_starts=10**6).learn(80)
     other = small_model(MaskedEnv())

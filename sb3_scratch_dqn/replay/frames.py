@@ -10,11 +10,14 @@ has the ``k - 1`` frames before it and the newest one the frame that came next. 
 - its *age*, how many steps (at most ``k - 1``) before it the episode began: older frames are padding, as the wrapper
   makes it;
 - where the frame that came next lies, if the following row does not continue it, as after an episode's end: in a pool
-  of *last frames*. SB3 normalises the last observation of an episode and back again, which changes its last bits: the
-  pool keeps it whole from the first such observation on.
+  of *last frames*. SB3 normalises the last observation of an episode and back again, which changes its last bits: that
+  pool keeps what came next whole from the first such observation on;
+- where the whole observation lies, if some of its frames were never added, as in data that begins in the middle of an
+  episode: in a pool of *whole observations*.
 
 What is written is compared, to the last bit, with what reading it would build. So nothing depends on what wrappers are
-believed to do: an observation that is no stack after all raises :class:`NotStackedError` before anything is changed.
+believed to do: where observations are no stacks after all, :class:`NotStackedError` is raised before anything is
+changed.
 """
 
 import math
@@ -37,10 +40,12 @@ from sb3_scratch_dqn.replay.observations import (
 
 # Stacks are converted in pieces when they turn out not to be ones
 _CHUNK = 256
+# So many observations, and an eighth of all, may be kept whole
+_FEW = 64
 
 
 class NotStackedError(ValueError):
-    """An observation is no stack of frames that continues the one before."""
+    """Observations are no stacks of frames of which each continues the one before."""
 
 
 class Stacking(NamedTuple):
@@ -110,6 +115,93 @@ def _same_bits(left: Array, right: Array) -> bool:
     return bool((left.view(whole) == right.view(whole)).all())
 
 
+class _Pool:
+    """Frames of observations that lie nowhere else, each in a slot to which its row and environment point.
+
+    :param n_envs: number of environments
+    :param depth: frames kept of an observation, the newest ones
+    :param like: arrays of frames, ``(..., n_envs, *frame_shape)``, by key
+    """
+
+    def __init__(self, n_envs: int, depth: int, like: dict[str, Array]) -> None:
+        self.depth = depth
+        self.frames = {key: np.zeros((0, depth, *array.shape[2:]), dtype=array.dtype) for key, array in like.items()}
+        self.slots = np.full((0, n_envs), -1, dtype=np.int32)  # -1: none
+        self.free: list[int] = []
+
+    @property
+    def used(self) -> int:
+        """Slots that hold something."""
+        return len(next(iter(self.frames.values()))) - len(self.free)
+
+    def keep(self, row: int, env: int, frames: dict[str, Array]) -> None:
+        """Keep an observation, ``(n_envs, k, ...)``, of this row, if it is not kept yet."""
+        if self.slots[row, env] >= 0:
+            return
+        if not self.free:
+            slots = len(next(iter(self.frames.values())))
+            more = max(16, slots // 2)
+            self.frames = {key: resized(array, slots + more) for key, array in self.frames.items()}
+            self.free = list(range(slots + more - 1, slots - 1, -1))
+        slot = self.free.pop()
+        for key, array in self.frames.items():
+            array[slot] = frames[key][env, -self.depth :]
+        self.slots[row, env] = slot
+
+    def forget(self, row: int) -> None:
+        """Let go what is kept of a row."""
+        if self.slots[row].max() >= 0:
+            self.free += [slot for slot in self.slots[row].tolist() if slot >= 0]
+            self.slots[row] = -1
+
+    def put(self, window: dict[str, Array], rows: Array, envs: Array) -> None:
+        """Put what is kept of these rows over the newest frames of a window, ``(B, W, ...)`` with ``W >= depth``."""
+        slots = gather(self.slots, rows, envs)
+        kept = slots >= 0
+        if kept.any():
+            for key, frames in window.items():
+                frames[kept, -self.depth :] = self.frames[key][slots[kept]]
+
+    def resize(self, rows: int) -> None:
+        """Have room for pointers of this many rows."""
+        self.slots = resized(self.slots, rows, fill=-1)
+
+    def arrays(self, name: str, rows: int) -> dict[str, Array]:
+        """All that the first rows need, for a file."""
+        frames = {_name(f"{name}_frames", key): array for key, array in self.frames.items()}
+        return {f"{name}_slots": self.slots[:rows], **frames}
+
+    def restored(self, name: str, arrays: dict[str, Array], rows: int, depths: tuple[int, ...]) -> "_Pool":
+        """The pool that gave ``arrays``.
+
+        :param name: that it gave them by
+        :param arrays: the arrays
+        :param rows: that it had pointers for
+        :param depths: that it may have
+        :raises ValueError: naming an array that is missing, does not fit, or points outside another one
+        """
+        pool = _Pool(self.slots.shape[1], self.depth, self.frames)
+        pool.slots = take_array(arrays, f"{name}_slots", self.slots, rows)
+        first = arrays.get(_name(f"{name}_frames", next(iter(self.frames))))
+        pool.depth = next((depth for depth in depths if first is not None and first.shape[1:2] == (depth,)), depths[0])
+        n_slots = None if first is None else len(first)
+        for key, like in self.frames.items():
+            like = np.zeros((0, pool.depth, *like.shape[2:]), dtype=like.dtype)
+            pool.frames[key] = take_array(arrays, _name(f"{name}_frames", key), like, n_slots)
+        used = pool.slots[pool.slots >= 0]
+        if len(np.unique(used)) != len(used) or used.max(initial=-1) >= (n_slots or 0):
+            raise ValueError(f"its array '{name}_slots' points to frames that there are not")
+        pool.free = sorted(set(range(n_slots or 0)) - set(used.tolist()), reverse=True)
+        return pool
+
+    def copy(self) -> "_Pool":
+        """A pool whose changes do not reach into this one."""
+        other = _Pool(self.slots.shape[1], self.depth, self.frames)
+        other.frames = {key: array.copy() for key, array in self.frames.items()}
+        other.slots, other.free = self.slots.copy(), self.free.copy()
+        return other
+
+
 class StackedFrames:
     """Keeps stacked observations as single frames, ``1 / 2k`` of the memory of :class:`DenseObservations`.
 
@@ -145,12 +237,8 @@ class StackedFrames:
             for key, layout in self.layouts.items()
         }
         self.ages = np.zeros((0, n_envs), dtype=np.uint16)
-        # (slots, depth, ...): the newest frame alone, or all k of them
-        self.last_frames = {
-            key: np.zeros((0, 1, *array.shape[2:]), dtype=array.dtype) for key, array in self.frames.items()
-        }
-        self.last_slots = np.full((0, n_envs), -1, dtype=np.int32)  # -1: the following row continues this one
-        self.free_slots: list[int] = []
+        self.last = _Pool(n_envs, 1, self.frames)  # what came next; deeper from the first that is no stack on
+        self.whole = _Pool(n_envs, self.n_stack, self.frames)
         # What came next in the newest row, to compare the following observation with: as it was given, and as frames
         self._pending: dict[str, Array] | None = None
         self._pending_frames: dict[str, Array] = {}
@@ -161,22 +249,21 @@ class StackedFrames:
     def write(self, row: int, observation: Observation, next_observation: Observation) -> None:
         """Put one step of every environment into ``row``; each observation is ``(n_envs, ...)``.
 
-        :raises NotStackedError: if they are no stacks that continue those before, or begin an episode; then nothing
-            was written
+        :raises NotStackedError: if they are no stacks, or too few of them continue those before; then nothing was
+            written
         """
         now = self._parts(observation)
         following = {key: array.copy(order="K") for key, array in self._parts(next_observation).items()}
         following_frames = {key: layout.frames(following[key]) for key, layout in self.layouts.items()}
         begun = self._begun(now)
+        now_frames = self._pending_frames
         if begun:
             now_frames = {key: layout.frames(now[key]) for key, layout in self.layouts.items()}
-            for env in begun:
-                self._check_start(now_frames, env)
-        else:
-            now_frames = self._pending_frames
         changed = self._changed(now_frames, following_frames)
-        if self.steps > 0 and self._pending_changed and not self._pending_changed <= set(begun):
+        if self._pending_changed and not self._pending_changed <= set(begun):
             raise NotStackedError("what came next was not the observation with one more frame, but was gone on with")
+        if self.whole.used > _FEW + min(self.steps, self.capacity) * self.n_envs // 8:
+            raise NotStackedError("too many observations neither continue the one before nor begin an episode")
 
         step, places = self.steps, len(next(iter(self.frames.values())))
         if row != step % self.capacity:
@@ -187,26 +274,34 @@ class StackedFrames:
         # Before the first step there is none: nothing continues it, and the row is not looked at
         previous_row = (step - 1) % self.capacity if step > 0 else row
         ages = np.minimum(self.ages[previous_row] + 1, self.n_stack - 1)
+        # Some of the frames of these were never added
+        incomplete = [] if self.whole.used == 0 else np.flatnonzero(
+            (self.whole.slots[previous_row] >= 0) & (ages < self.n_stack - 1)
+        ).tolist()  # fmt: skip
         for env in begun:
             ages[env] = 0
+            if env in incomplete:
+                incomplete.remove(env)
+            if not self._is_padded(now_frames, env):
+                incomplete.append(env)
             if step > 0:
-                self._keep_last(previous_row, env)
+                self.last.keep(previous_row, env, self._pending_frames)
             for key, frames in now_frames.items():
                 self.frames[key][step % places, env] = frames[env, -1]
         # After the previous row was seen to, which is this one if there is only one
-        if self.last_slots[row].max() >= 0:
-            self.free_slots += [slot for slot in self.last_slots[row].tolist() if slot >= 0]
-            self.last_slots[row] = -1
+        self.last.forget(row)
+        self.whole.forget(row)
         self.ages[row] = ages
         for key, frames in following_frames.items():
             self.frames[key][(step + 1) % places] = frames[:, -1]
-        self._pending, self._pending_frames = following, following_frames
+        self._pending, self._pending_frames, self._pending_changed = following, following_frames, changed
         self.steps += 1
-        self._pending_changed = changed
-        if changed:
-            self._keep_whole()
-            for env in changed:
-                self._keep_last(row, env)
+        if changed or incomplete:
+            self._keep_all_of_last()
+            for env in (*changed, *incomplete):
+                self.last.keep(row, env, following_frames)
+            for env in incomplete:
+                self.whole.keep(row, env, now_frames)
 
     def _parts(self, observation: Observation) -> dict[str, Array]:
         """The arrays of an observation, ``(n_envs, *shape)``, by key."""
@@ -229,15 +324,10 @@ class StackedFrames:
             if not all(_same_bits(array[env], pending[key][env]) for key, array in now.items())
         ]
 
-    def _check_start(self, now_frames: dict[str, Array], env: int) -> None:
-        for key, frames in now_frames.items():
-            words = self.layouts[key].words(frames)[env]
-            if not (words[:-1] == (0 if self.pads_with_zeros else words[-1])).all():
-                kind = "zeros" if self.pads_with_zeros else "the same frame"
-                raise NotStackedError(
-                    f"an observation {key!r} ".replace(" '' ", " ")
-                    + f"neither continues the one before nor begins with {kind}"
-                )
+    def _is_padded(self, now_frames: dict[str, Array], env: int) -> bool:
+        """Whether an observation begins an episode: all of its frames but the newest are padding."""
+        words = (layout.words(now_frames[key])[env] for key, layout in self.layouts.items())
+        return all(bool((frames[:-1] == (0 if self.pads_with_zeros else frames[-1])).all()) for frames in words)
 
     def _changed(self, now_frames: dict[str, Array], following_frames: dict[str, Array]) -> set[int]:
         """The environments where what came next is not the observation with one more frame."""
@@ -248,46 +338,32 @@ class StackedFrames:
                 changed |= set(np.flatnonzero(~equal.all(axis=(1, 2))).tolist())
         return changed
 
-    def _keep_last(self, row: int, env: int) -> None:
-        """Put what came next in this row, the newest one, into the pool, if it is not there yet."""
-        if self.last_slots[row, env] >= 0:
+    def _keep_all_of_last(self) -> None:
+        """Let the pool of what came next hold all of its frames from now on."""
+        if self.last.depth == self.n_stack:
             return
-        if not self.free_slots:
-            slots = len(next(iter(self.last_frames.values())))
-            more = max(16, slots // 2)
-            self.last_frames = {key: resized(pool, slots + more) for key, pool in self.last_frames.items()}
-            self.free_slots = list(range(slots + more - 1, slots - 1, -1))
-        slot = self.free_slots.pop()
-        for key, pool in self.last_frames.items():
-            pool[slot] = self._pending_frames[key][env, -pool.shape[1] :]
-        self.last_slots[row, env] = slot
-
-    @property
-    def _keeps_whole(self) -> bool:
-        return next(iter(self.last_frames.values())).shape[1] > 1
-
-    def _keep_whole(self) -> None:
-        """Let the pool hold whole observations from now on."""
-        if self._keeps_whole or self.n_stack == 1:
-            return
-        rows, envs = np.nonzero(self.last_slots >= 0)
+        rows, envs = np.nonzero(self.last.slots >= 0)
         window = self._window(rows, envs, range(2 - self.n_stack, 2))
-        self._put_last_frames(window, rows, envs)
-        for key, pool in self.last_frames.items():
-            whole = np.zeros((len(pool), self.n_stack, *pool.shape[2:]), dtype=pool.dtype)
-            whole[self.last_slots[rows, envs]] = window[key]
-            self.last_frames[key] = whole
+        self.last.put(window, rows, envs)
+        pool = self.last.copy()
+        pool.depth = self.n_stack
+        for key, frames in pool.frames.items():
+            pool.frames[key] = np.zeros((len(frames), self.n_stack, *frames.shape[2:]), dtype=frames.dtype)
+            pool.frames[key][self.last.slots[rows, envs]] = window[key]
+        self.last = pool
 
     # Reading
 
     def read(self, rows: Array, envs: Array) -> Observation:
         """What was observed in these rows and environments, each ``(B,)``; a copy, ``(B, *observation_shape)``."""
-        return self._join(self._window(rows, envs, range(1 - self.n_stack, 1)))
+        window = self._window(rows, envs, range(1 - self.n_stack, 1))
+        self.whole.put(window, rows, envs)
+        return self._join(window)
 
     def read_next(self, rows: Array, envs: Array) -> Observation:
         """What was observed one step after these rows, likewise."""
         window = self._window(rows, envs, range(2 - self.n_stack, 2))
-        self._put_last_frames(window, rows, envs)
+        self.last.put(window, rows, envs)
         return self._join(window)
 
     def read_both(self, rows: Array, last_rows: Array, envs: Array) -> tuple[Observation, Observation]:
@@ -313,14 +389,6 @@ class StackedFrames:
             if any_padded and self.pads_with_zeros:
                 window[key][padded] = 0
         return window
-
-    def _put_last_frames(self, window: dict[str, Array], rows: Array, envs: Array) -> None:
-        slots = gather(self.last_slots, rows, envs)
-        ended = slots >= 0
-        if ended.any():
-            for key, frames in window.items():
-                pool = self.last_frames[key]
-                frames[ended, -pool.shape[1] :] = pool[slots[ended]]
 
     def _join(self, window: dict[str, Array]) -> Observation:
         stacks = {key: self.layouts[key].stacks(frames) for key, frames in window.items()}
@@ -366,13 +434,15 @@ class StackedFrames:
         """Hold this many rows from now on."""
         self.frames = {key: resized(array, rows + self.n_stack) for key, array in self.frames.items()}
         self.ages = resized(self.ages, rows)
-        self.last_slots = resized(self.last_slots, rows, fill=-1)
+        self.last.resize(rows)
+        self.whole.resize(rows)
 
     def bytes_of(self, rows: int) -> int:
         """The memory that this many rows take, if episodes go on to be as long as they were."""
         of_frames = sum(row_bytes(array) for array in self.frames.values())
-        of_last_frames = sum(array.nbytes for array in self.last_frames.values()) / max(len(self.ages), 1)
-        of_rows = row_bytes(self.ages) + row_bytes(self.last_slots) + of_last_frames
+        pools = [self.last, self.whole]
+        of_pools = sum(array.nbytes for pool in pools for array in pool.frames.values()) / max(len(self.ages), 1)
+        of_rows = row_bytes(self.ages) + sum(row_bytes(pool.slots) for pool in pools) + of_pools
         return (rows + self.n_stack) * of_frames + int(rows * of_rows)
 
     def arrays(self, rows: int) -> dict[str, Array]:
@@ -380,12 +450,11 @@ class StackedFrames:
         arrays: dict[str, Array] = {
             "steps": np.array([self.steps], dtype=np.int64),
             "ages": self.ages[:rows],
-            "last_slots": self.last_slots[:rows],
+            **self.last.arrays("last", rows),
+            **self.whole.arrays("whole", rows),
         }
         for key, array in self.frames.items():
             arrays[_name("frames", key)] = array[: rows + self.n_stack]
-        for key, array in self.last_frames.items():
-            arrays[_name("last_frames", key)] = array
         return arrays
 
     def restore(self, arrays: dict[str, Array], rows: int, next_row: int) -> None:
@@ -402,22 +471,13 @@ class StackedFrames:
         ages = take_array(arrays, "ages", self.ages, rows)
         if ages.max(initial=0) >= self.n_stack:
             raise ValueError(f"its array 'ages' has others than 0 to {self.n_stack - 1}")
-        last_slots = take_array(arrays, "last_slots", self.last_slots, rows)
-        frames, last_frames = {}, {}
-        for key, like in self.frames.items():
-            frames[key] = take_array(arrays, _name("frames", key), like, rows + self.n_stack)
-            depth = self.n_stack if arrays.get(_name("last_frames", key), like).shape[1:2] == (self.n_stack,) else 1
-            like = np.zeros((0, depth, *like.shape[2:]), dtype=like.dtype)
-            last_frames[key] = take_array(arrays, _name("last_frames", key), like)
-        if len({pool.shape[:2] for pool in last_frames.values()}) > 1:
-            raise ValueError("its arrays of last frames have different shapes")
-        n_slots = min(len(array) for array in last_frames.values())
-        used = last_slots[last_slots >= 0]
-        if len(np.unique(used)) != len(used) or used.max(initial=-1) >= n_slots:
-            raise ValueError("its array 'last_slots' points to last frames that there are not")
-        self.steps, self.ages, self.last_slots = steps, ages, last_slots
-        self.frames, self.last_frames = frames, last_frames
-        self.free_slots = sorted(set(range(n_slots)) - set(used.tolist()), reverse=True)
+        frames = {
+            key: take_array(arrays, _name("frames", key), like, rows + self.n_stack)
+            for key, like in self.frames.items()
+        }
+        last = self.last.restored("last", arrays, rows, (1, self.n_stack))
+        whole = self.whole.restored("whole", arrays, rows, (self.n_stack,))
+        self.steps, self.ages, self.frames, self.last, self.whole = steps, ages, frames, last, whole
         self._pending = None
         if steps > 0:
             newest = np.full(self.n_envs, (steps - 1) % self.capacity)
@@ -432,7 +492,5 @@ class StackedFrames:
         other = object.__new__(type(self))
         vars(other).update(vars(self))
         other.frames = {key: array.copy() for key, array in self.frames.items()}
-        other.last_frames = {key: array.copy() for key, array in self.last_frames.items()}
-        other.ages, other.last_slots = self.ages.copy(), self.last_slots.copy()
-        other.free_slots = self.free_slots.copy()
+        other.ages, other.last, other.whole = self.ages.copy(), self.last.copy(), self.whole.copy()
         return other
