@@ -128,11 +128,7 @@ class _Pool:
         self.frames = {key: np.zeros((0, depth, *array.shape[2:]), dtype=array.dtype) for key, array in like.items()}
         self.slots = np.full((0, n_envs), -1, dtype=np.int32)  # -1: none
         self.free: list[int] = []
-
-    @property
-    def used(self) -> int:
-        """Slots that hold something."""
-        return len(next(iter(self.frames.values()))) - len(self.free)
+        self.used = 0  # slots that hold something
 
     def keep(self, row: int, env: int, frames: dict[str, Array]) -> None:
         """Keep an observation, ``(n_envs, k, ...)``, of this row, if it is not kept yet."""
@@ -144,15 +140,19 @@ class _Pool:
             self.frames = {key: resized(array, slots + more) for key, array in self.frames.items()}
             self.free = list(range(slots + more - 1, slots - 1, -1))
         slot = self.free.pop()
+        self.used += 1
         for key, array in self.frames.items():
             array[slot] = frames[key][env, -self.depth :]
         self.slots[row, env] = slot
 
     def forget(self, row: int) -> None:
         """Let go what is kept of a row."""
-        if self.slots[row].max() >= 0:
-            self.free += [slot for slot in self.slots[row].tolist() if slot >= 0]
-            self.slots[row] = -1
+        if self.used > 0:
+            slots = [slot for slot in self.slots[row].tolist() if slot >= 0]
+            if slots:
+                self.free += slots
+                self.used -= len(slots)
+                self.slots[row] = -1
 
     def put(self, window: dict[str, Array], rows: Array, envs: Array) -> None:
         """Put what is kept of these rows over the newest frames of a window, ``(B, W, ...)`` with ``W >= depth``."""
@@ -192,13 +192,14 @@ class _Pool:
         if len(np.unique(used)) != len(used) or used.max(initial=-1) >= (n_slots or 0):
             raise ValueError(f"its array '{name}_slots' points to frames that there are not")
         pool.free = sorted(set(range(n_slots or 0)) - set(used.tolist()), reverse=True)
+        pool.used = len(used)
         return pool
 
     def copy(self) -> "_Pool":
         """A pool whose changes do not reach into this one."""
         other = _Pool(self.slots.shape[1], self.depth, self.frames)
         other.frames = {key: array.copy() for key, array in self.frames.items()}
-        other.slots, other.free = self.slots.copy(), self.free.copy()
+        other.slots, other.free, other.used = self.slots.copy(), self.free.copy(), self.used
         return other
 
 
