@@ -133,7 +133,7 @@ def store_transitions(buffer: ReplayBuffer, transitions: Transitions) -> int:
             infos,
         )
         if isinstance(buffer, ScratchReplayBuffer):
-            buffer.store.cuts[position] = gaps
+            buffer.store.cut(position, gaps)
     if isinstance(buffer, ScratchReplayBuffer):
         buffer.end_trajectories()
     return n_rows * n_envs

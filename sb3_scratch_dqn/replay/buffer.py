@@ -246,7 +246,7 @@ class ScratchReplayBuffer(ReplayBuffer):
 
     def _tensor(self, array: Array) -> th.Tensor:
         # What was gathered from the store is a copy already
-        return self.to_torch(array, copy=False)
+        return th.from_numpy(array) if self.device.type == "cpu" else self.to_torch(array, copy=False)
 
     def _observation_tensor(self, observation: Observation, env: VecNormalize | None) -> PyTorchObs:
         normalized = self._normalize_obs(observation, env)
@@ -262,7 +262,7 @@ class ScratchReplayBuffer(ReplayBuffer):
         """
         if self.size() > 0:
             newest = (self.pos - 1) % self.buffer_size
-            self.store.cuts[newest] = self.store.dones[newest] == 0
+            self.store.cut(newest, self.store.dones[newest] == 0)
             if self.optimize_memory_usage:
                 self.store.dones[newest] = 1
 

@@ -137,13 +137,6 @@ def named_parts(name: str, observation: Observation) -> dict[str, Array]:
     return {name: observation}
 
 
-def _put_array(target: Array, row: int, value: Array) -> None:
-    value = np.asarray(value)
-    shape = target.shape[1:]
-    # Observations of Discrete spaces come as (n_envs,)
-    target[row] = value if value.shape == shape else value.reshape(shape)
-
-
 class DenseObservations:
     """Every observation in full, twice: as what was observed and as what came next.
 
@@ -160,6 +153,9 @@ class DenseObservations:
 
     def __init__(self, capacity: int, n_envs: int, space: Space) -> None:
         self.capacity = capacity
+        # Observations of Discrete spaces come as (n_envs,), and lie as (n_envs, 1)
+        parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+        self._discrete = {key for key, part in parts.items() if isinstance(part, spaces.Discrete)}
 
         def empty(space: Space) -> Array:
             return np.zeros((0, n_envs, *get_obs_shape(space)), dtype=space.dtype)
@@ -198,15 +194,14 @@ class DenseObservations:
         self._put(self.observations, row, observation)
         self._put(self.next_observations, row, next_observation)
 
-    @staticmethod
-    def _put(target: Observation, row: int, value: Observation) -> None:
+    def _put(self, target: Observation, row: int, value: Observation) -> None:
         if isinstance(target, dict):
             assert isinstance(value, dict)
             for key, array in target.items():
-                _put_array(array, row, value[key])
+                array[row] = np.reshape(value[key], array.shape[1:]) if key in self._discrete else value[key]
         else:
             assert not isinstance(value, dict)
-            _put_array(target, row, value)
+            target[row] = np.reshape(value, target.shape[1:]) if self._discrete else value
 
     def read(self, rows: Array, envs: Array) -> Observation:
         """What was observed in these rows and environments, each ``(B,)``; a copy, ``(B, *observation_shape)``."""

@@ -1,5 +1,6 @@
 """Which transitions an update learns from."""
 
+import math
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -164,8 +165,8 @@ class PrioritizedSampler:
         values = self.tree.values.take(places)
         beta = self.beta_final + self.progress_remaining * (self.beta - self.beta_final)
         weights = (values.min() / values) ** beta
-        rows, envs = np.divmod(places, self.n_envs)
-        return Draw(rows, envs, th.as_tensor(weights, dtype=th.float32, device=buffer.device))
+        rows, envs = (places, np.zeros_like(places)) if self.n_envs == 1 else np.divmod(places, self.n_envs)
+        return Draw(rows, envs, th.as_tensor(weights.astype(np.float32), device=buffer.device))
 
     def draw_envs(self, buffer: Ring, batch_size: int) -> Array:
         """Choose an environment for each of ``batch_size`` transitions, all alike."""
@@ -189,10 +190,11 @@ class PrioritizedSampler:
         :raises ValueError: if there is one that is no number, as after training diverged
         """
         values: npt.NDArray[np.float64] = (priorities.cpu().double().numpy() + self.epsilon) ** self.alpha
-        if not np.isfinite(values).all():
+        largest = float(values.max())  # which is no number if any of them is none
+        if not math.isfinite(largest):
             raise ValueError("priorities must be finite, but some are not: training diverged; lower learning_rate")
-        self.max_value = max(self.max_value, float(values.max()))
-        self.tree.set(rows * self.n_envs + envs, values)
+        self.max_value = max(self.max_value, largest)
+        self.tree.set(rows if self.n_envs == 1 else rows * self.n_envs + envs, values)
 
     def progressed(self, progress_remaining: float) -> None:
         """Anneal ``beta``."""

@@ -54,6 +54,7 @@ class Store:
     dones: npt.NDArray[np.float32]
     timeouts: npt.NDArray[np.float32]
     cuts: npt.NDArray[np.bool_]
+    has_cuts = False  # whether there may be any
     action_masks: npt.NDArray[np.bool_] | None = None
     next_action_masks: npt.NDArray[np.bool_] | None = None
 
@@ -154,7 +155,13 @@ class Store:
         self.rewards[row] = reward
         self.dones[row] = done
         self.timeouts[row] = timeout
-        self.cuts[row] = False
+        if self.has_cuts:
+            self.cuts[row] = False
+
+    def cut(self, row: int, where: Array) -> None:
+        """Let the following row not go on with the episodes of these environments, ``(n_envs,)``."""
+        self.cuts[row] = where
+        self.has_cuts = True
 
     def write_masks(self, row: int, masks: Array | bool, next_masks: Array | bool) -> None:
         """Put what was allowed before and after one step into a row that was written.
@@ -208,5 +215,6 @@ class Store:
         like = np.zeros((0, self.rewards.shape[1], n_actions), dtype=bool)
         taken.update({name: take_array(arrays, name, like, rows) for name in self.MASKS if name in arrays})
         self.keeper.restore(arrays, rows, next_row)
+        self.has_cuts = bool(taken["cuts"].any())
         vars(self).update(taken)
         self.rows = rows
