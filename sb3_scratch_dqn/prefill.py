@@ -104,9 +104,9 @@ def store_transitions(buffer: ReplayBuffer, transitions: Transitions) -> int:
             f"data has {transitions.gaps[:-1].sum()} transitions that the next one does not continue, "
             "but optimize_memory_usage=True takes what came next from there: use False"
         )
-    own = isinstance(buffer, ScratchReplayBuffer)
-    if isinstance(buffer, ScratchReplayBuffer):
-        buffer.end_trajectories()
+    own = buffer if isinstance(buffer, ScratchReplayBuffer) else None
+    if own is not None:
+        own.end_trajectories()
 
     def of_rows(observation: Observation) -> Observation:
         return map_observation(lambda array: array[at], observation)
@@ -115,7 +115,7 @@ def store_transitions(buffer: ReplayBuffer, transitions: Transitions) -> int:
     for row in range(n_rows):
         at = np.arange(n_envs) * n_rows + row
         gaps, truncated = transitions.gaps[at], transitions.truncations[at]
-        if not own:
+        if own is None:
             # SB3's buffers know no gaps; a time limit is as near as they come
             truncated = truncated | gaps | ((row == n_rows - 1) & ~transitions.terminations[at])
         infos: list[dict[str, Any]] = [{"TimeLimit.truncated": bool(value)} for value in truncated]
@@ -126,16 +126,16 @@ def store_transitions(buffer: ReplayBuffer, transitions: Transitions) -> int:
         position = buffer.pos
         buffer.add(
             of_rows(transitions.observations),  # type: ignore[arg-type]  # dicts too, in some classes
-            of_rows(transitions.next_observations),  # type: ignore[arg-type]
+            of_rows(transitions.next_observations),  # type: ignore[arg-type]  # likewise
             transitions.actions[at],
             transitions.rewards[at],
             transitions.terminations[at] | truncated,
             infos,
         )
-        if isinstance(buffer, ScratchReplayBuffer):
-            buffer.store.cut(position, gaps)
-    if isinstance(buffer, ScratchReplayBuffer):
-        buffer.end_trajectories()
+        if own is not None:
+            own.store.cut(position, gaps)
+    if own is not None:
+        own.end_trajectories()
     return n_rows * n_envs
 
 

@@ -18,6 +18,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from sb3_scratch_dqn.bench.timing import Comparison, compare, table
 from sb3_scratch_dqn.replay import ScratchReplayBuffer, Stacking
 from sb3_scratch_dqn.replay.observations import Observation
+from sb3_scratch_dqn.replay.samplers import PrioritizedSampler
 
 _VECTOR = spaces.Box(-10, 10, (8,), np.float32)
 _NESTED: spaces.Space[Any] = spaces.Dict(
@@ -272,7 +273,8 @@ def _prioritized_buffer(size: int) -> ScratchReplayBuffer:
     _fill(buffer, _vectors(1), 2)
     # The rest at once: Python would take minutes for ten million
     buffer.store.reserve(size)
-    buffer.sampler.tree.reserve(size)  # type: ignore[attr-defined]
+    assert isinstance(buffer.sampler, PrioritizedSampler)
+    buffer.sampler.tree.reserve(size)
     buffer.sampler.update(np.arange(size), np.zeros(size, dtype=int), th.rand(size, dtype=th.float64))
     buffer.pos, buffer.full = 0, True
     return buffer

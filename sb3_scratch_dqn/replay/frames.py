@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
+from sb3_scratch_dqn.replay.frame_pool import FramePool, array_name
 from sb3_scratch_dqn.replay.observations import (
     Array,
     DenseObservations,
@@ -101,11 +102,6 @@ class _Layout:
         return frames.reshape(*frames.shape[:2], -1).view(self._word)
 
 
-def _name(part: str, key: str) -> str:
-    """What an array is called in a file."""
-    return f"{part}/{key}" if key else part
-
-
 def _same_bits(left: Array, right: Array) -> bool:
     """Whether two arrays of one shape and dtype hold the same, to the bit."""
     if left.strides == right.strides and left.nbytes % 8 == 0:
@@ -113,94 +109,6 @@ def _same_bits(left: Array, right: Array) -> bool:
         return bool((left.view(np.uint64) == right.view(np.uint64)).all())
     whole = f"u{left.dtype.itemsize}"
     return bool((left.view(whole) == right.view(whole)).all())
-
-
-class _Pool:
-    """Frames of observations that lie nowhere else, each in a slot to which its row and environment point.
-
-    :param n_envs: number of environments
-    :param depth: frames kept of an observation, the newest ones
-    :param like: arrays of frames, ``(..., n_envs, *frame_shape)``, by key
-    """
-
-    def __init__(self, n_envs: int, depth: int, like: dict[str, Array]) -> None:
-        self.depth = depth
-        self.frames = {key: np.zeros((0, depth, *array.shape[2:]), dtype=array.dtype) for key, array in like.items()}
-        self.slots = np.full((0, n_envs), -1, dtype=np.int32)  # -1: none
-        self.free: list[int] = []
-        self.used = 0  # slots that hold something
-
-    def keep(self, row: int, env: int, frames: dict[str, Array]) -> None:
-        """Keep an observation, ``(n_envs, k, ...)``, of this row, if it is not kept yet."""
-        if self.slots[row, env] >= 0:
-            return
-        if not self.free:
-            slots = len(next(iter(self.frames.values())))
-            more = max(16, slots // 2)
-            self.frames = {key: resized(array, slots + more) for key, array in self.frames.items()}
-            self.free = list(range(slots + more - 1, slots - 1, -1))
-        slot = self.free.pop()
-        self.used += 1
-        for key, array in self.frames.items():
-            array[slot] = frames[key][env, -self.depth :]
-        self.slots[row, env] = slot
-
-    def forget(self, row: int) -> None:
-        """Let go what is kept of a row."""
-        if self.used > 0:
-            slots = [slot for slot in self.slots[row].tolist() if slot >= 0]
-            if slots:
-                self.free += slots
-                self.used -= len(slots)
-                self.slots[row] = -1
-
-    def put(self, window: dict[str, Array], rows: Array, envs: Array) -> None:
-        """Put what is kept of these rows over the newest frames of a window, ``(B, W, ...)`` with ``W >= depth``."""
-        slots = gather(self.slots, rows, envs)
-        kept = slots >= 0
-        if kept.any():
-            for key, frames in window.items():
-                frames[kept, -self.depth :] = self.frames[key][slots[kept]]
-
-    def resize(self, rows: int) -> None:
-        """Have room for pointers of this many rows."""
-        self.slots = resized(self.slots, rows, fill=-1)
-
-    def arrays(self, name: str, rows: int) -> dict[str, Array]:
-        """All that the first rows need, for a file."""
-        frames = {_name(f"{name}_frames", key): array for key, array in self.frames.items()}
-        return {f"{name}_slots": self.slots[:rows], **frames}
-
-    def restored(self, name: str, arrays: dict[str, Array], rows: int, depths: tuple[int, ...]) -> "_Pool":
-        """The pool that gave ``arrays``.
-
-        :param name: that it gave them by
-        :param arrays: the arrays
-        :param rows: that it had pointers for
-        :param depths: that it may have
-        :raises ValueError: naming an array that is missing, does not fit, or points outside another one
-        """
-        pool = _Pool(self.slots.shape[1], self.depth, self.frames)
-        pool.slots = take_array(arrays, f"{name}_slots", self.slots, rows)
-        first = arrays.get(_name(f"{name}_frames", next(iter(self.frames))))
-        pool.depth = next((depth for depth in depths if first is not None and first.shape[1:2] == (depth,)), depths[0])
-        n_slots = None if first is None else len(first)
-        for key, like in self.frames.items():
-            like = np.zeros((0, pool.depth, *like.shape[2:]), dtype=like.dtype)
-            pool.frames[key] = take_array(arrays, _name(f"{name}_frames", key), like, n_slots)
-        used = pool.slots[pool.slots >= 0]
-        if len(np.unique(used)) != len(used) or used.max(initial=-1) >= (n_slots or 0):
-            raise ValueError(f"its array '{name}_slots' points to frames that there are not")
-        pool.free = sorted(set(range(n_slots or 0)) - set(used.tolist()), reverse=True)
-        pool.used = len(used)
-        return pool
-
-    def copy(self) -> "_Pool":
-        """A pool whose changes do not reach into this one."""
-        other = _Pool(self.slots.shape[1], self.depth, self.frames)
-        other.frames = {key: array.copy() for key, array in self.frames.items()}
-        other.slots, other.free, other.used = self.slots.copy(), self.free.copy(), self.used
-        return other
 
 
 class StackedFrames:
@@ -238,8 +146,8 @@ class StackedFrames:
             for key, layout in self.layouts.items()
         }
         self.ages = np.zeros((0, n_envs), dtype=np.uint16)
-        self.last = _Pool(n_envs, 1, self.frames)  # what came next; deeper from the first that is no stack on
-        self.whole = _Pool(n_envs, self.n_stack, self.frames)
+        self.last = FramePool(n_envs, 1, self.frames)  # what came next; deeper from the first that is no stack on
+        self.whole = FramePool(n_envs, self.n_stack, self.frames)
         # What came next in the newest row, to compare the following observation with: as it was given, and as frames
         self._pending: dict[str, Array] | None = None
         self._pending_frames: dict[str, Array] = {}
@@ -367,10 +275,6 @@ class StackedFrames:
         self.last.put(window, rows, envs)
         return self._join(window)
 
-    def read_both(self, rows: Array, last_rows: Array, envs: Array) -> tuple[Observation, Observation]:
-        """What was observed in ``rows``, and one step after ``last_rows``."""
-        return self.read(rows, envs), self.read_next(last_rows, envs)
-
     def _window(self, rows: Array, envs: Array, offsets: range) -> dict[str, Array]:
         """The frames at these steps after those of the rows, ``(B, len(offsets), ...)``, with padding."""
         newest = self.steps - 1
@@ -422,8 +326,9 @@ class StackedFrames:
         for begin in range(0, written, _CHUNK):
             rows = np.arange(begin, min(begin + _CHUNK, written))
             row, env = (grid.reshape(-1) for grid in np.meshgrid(rows, np.arange(self.n_envs), indexing="ij"))
-            for kept, read in zip(
-                (dense.observations, dense.next_observations), self.read_both(row, row, env), strict=True
+            for kept, read in (
+                (dense.observations, self.read(row, env)),
+                (dense.next_observations, self.read_next(row, env)),
             ):
                 for key in self.layouts:
                     array = kept[key] if isinstance(kept, dict) else kept
@@ -455,7 +360,7 @@ class StackedFrames:
             **self.whole.arrays("whole", rows),
         }
         for key, array in self.frames.items():
-            arrays[_name("frames", key)] = array[: rows + self.n_stack]
+            arrays[array_name("frames", key)] = array[: rows + self.n_stack]
         return arrays
 
     def restore(self, arrays: dict[str, Array], rows: int, next_row: int) -> None:
@@ -473,7 +378,7 @@ class StackedFrames:
         if ages.max(initial=0) >= self.n_stack:
             raise ValueError(f"its array 'ages' has others than 0 to {self.n_stack - 1}")
         frames = {
-            key: take_array(arrays, _name("frames", key), like, rows + self.n_stack)
+            key: take_array(arrays, array_name("frames", key), like, rows + self.n_stack)
             for key, like in self.frames.items()
         }
         last = self.last.restored("last", arrays, rows, (1, self.n_stack))

@@ -87,9 +87,6 @@ class Observations(Protocol):
     def read_next(self, rows: Array, envs: Array) -> Observation:
         """What was observed one step after these rows, likewise."""
 
-    def read_both(self, rows: Array, last_rows: Array, envs: Array) -> tuple[Observation, Observation]:
-        """What was observed in ``rows``, and one step after ``last_rows``."""
-
     def resize(self, rows: int) -> None:
         """Hold this many rows from now on."""
 
@@ -210,10 +207,6 @@ class DenseObservations:
     def read_next(self, rows: Array, envs: Array) -> Observation:
         """What was observed one step after these rows, likewise."""
         return map_observation(lambda array: gather(array, rows, envs), self.next_observations)
-
-    def read_both(self, rows: Array, last_rows: Array, envs: Array) -> tuple[Observation, Observation]:
-        """What was observed in ``rows``, and one step after ``last_rows``."""
-        return self.read(rows, envs), self.read_next(last_rows, envs)
 
     def resize(self, rows: int) -> None:
         """Hold this many rows from now on."""

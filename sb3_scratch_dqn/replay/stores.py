@@ -182,10 +182,10 @@ class Store:
         """What was observed in ``rows``, and one step after ``last_rows``; copies, ``(B, *observation_shape)``.
 
         :param rows: ``(B,)``
-        :param last_rows: ``(B,)``; ``rows`` itself where the steps are single ones
+        :param last_rows: ``(B,)``
         :param envs: ``(B,)``
         """
-        return self.keeper.read_both(rows, last_rows, envs)
+        return self.keeper.read(rows, envs), self.keeper.read_next(last_rows, envs)
 
     def bytes_of(self, rows: int) -> int:
         """The memory that this many rows take."""
