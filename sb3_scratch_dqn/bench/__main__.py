@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch as th
 
-from sb3_scratch_dqn.bench import replay
+from sb3_scratch_dqn.bench import replay, speed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,9 +27,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     replay_parser.add_argument(
         "--images", type=_positive, default=4000, help="transitions of the buffers of images (default: 4000)"
     )
+    speed_parser = commands.add_parser(
+        "speed",
+        help="speed of training",
+        description="Speed of learn() and of updates, against SB3's DQN and, where it is installed, SBX's.",
+    )
+    speed_parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(speed.CASES)}; default: all")
+    speed_parser.add_argument("--rounds", type=_positive, default=5, help="measurements of each case (default: 5)")
+    speed_parser.add_argument(
+        "--contestants", nargs="+", metavar="NAME", help="some of sb3, sbx and this package's engines (default: all)"
+    )
+    speed_parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
     options = parser.parse_args(arguments)
     th.set_num_threads(1)
-    print(replay.run(options.rounds, options.largest, options.images))
+    if options.command == "replay":
+        print(replay.run(options.rounds, options.largest, options.images))
+        return
+    unknown = [name for name in options.cases if name not in speed.CASES]
+    if unknown:
+        speed_parser.error(f"CASE {unknown[0]!r} must be one of {', '.join(speed.CASES)}")
+    print(speed.run(options.cases or list(speed.CASES), options.contestants, options.rounds, options.device))
 
 
 def _positive(text: str) -> int:
