@@ -1,5 +1,6 @@
 """How actions are chosen: greedily, or at random with probability epsilon, and only among those that are allowed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,13 @@ from sb3_scratch_dqn.masks import (
     masks_of_next_states,
     read_masks,
 )
+from sb3_scratch_dqn.overriding import replaced
 from sb3_scratch_dqn.policies import DQNPolicy
+from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.observations import Array, Observation
+
+# What the environments show, with a leading axis n_envs -> greedy actions, (n_envs,)
+GreedyActor = Callable[[Observation], Array]
 
 
 class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
@@ -38,6 +44,8 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
     _episodes_finished: int  # since learn() last set the counters back
     _episodes_ended_now: int  # by the last call of env.step()
     _masks: Masks | None = None  # of the states that the environments are in; None if they have no masks
+    _act: GreedyActor | None = None
+    _stores_plainly: bool = False
 
     def predict(
         self,
@@ -137,16 +145,43 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         assert self.env is not None
         self._masks = read_masks(self.env, self._n_actions) if has_masks(self.env) else None
 
+    def _greedy_actor(self) -> GreedyActor | None:
+        """A short cut to greedy actions, past :meth:`predict`; ``None`` if there is none.
+
+        It gets what all environments of a training show, and its noisy layers have noise.
+        """
+        return None
+
+    def _choose_how_to_act(self) -> None:
+        """Find the short cuts that nobody stands in the way of, for the steps to come."""
+        plain = self._masks is None and not replaced(self, EpsilonGreedyAlgorithm, "predict")
+        self._act = self._greedy_actor() if plain else None
+        self._stores_plainly = (
+            self._vec_normalize_env is None
+            and type(self.replay_buffer) is ScratchReplayBuffer
+            and not replaced(self.replay_buffer, ScratchReplayBuffer, "add")
+        )
+
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[Array, Array]:
-        if self._masks is None:
-            return super()._sample_action(learning_starts, action_noise, n_envs)
+        act, observation = self._act, self._last_obs
+        assert observation is not None
+        actions: Array
         if self.num_timesteps < learning_starts:
-            actions: Array = np.array([self._random_action(env, self._masks) for env in range(n_envs)])
+            actions = np.array([self._random_action(env, self._masks) for env in range(n_envs)])
+        elif act is None:
+            # A predict() of users may not know of masks
+            told: dict[str, Any] = {} if self._masks is None else {"action_masks": self._masks}
+            actions, _ = self.predict(observation, deterministic=False, **told)
+        elif n_envs == 1:
+            # As epsilon_greedy() has it, for one coin
+            explores = np.random.rand() < self.exploration_rate
+            actions = np.array([self._random_action(0, None)]) if explores else act(observation)
         else:
-            assert self._last_obs is not None
-            actions, _ = self.predict(self._last_obs, action_masks=self._masks)
+            actions = epsilon_greedy(
+                self.exploration_rate, n_envs, lambda env: self._random_action(env, None), lambda: act(observation)
+            )
         return actions, actions
 
     def _store_transition(
@@ -158,6 +193,7 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         dones: Array,
         infos: list[dict[str, Any]],
     ) -> None:
+        ended = bool(dones.any())
         if self._masks is not None:
             assert self.env is not None
             masks_now = read_masks(self.env, self._n_actions)
@@ -167,6 +203,12 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
                 for info, mask, next_mask in zip(infos, self._masks, next_masks, strict=True)
             ]
             self._masks = masks_now
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        self._episodes_ended_now = int(np.count_nonzero(dones))
+        if self._stores_plainly and not ended:
+            # SB3 copies the observations, into which it writes those that episodes ended with; here are none, and the
+            # buffer makes copies of its own
+            replay_buffer.add(self._last_obs, new_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
+            self._last_original_obs, self._last_obs = self._last_obs, new_obs
+        else:
+            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self._episodes_ended_now = int(np.count_nonzero(dones)) if ended else 0
         self._episodes_finished += self._episodes_ended_now

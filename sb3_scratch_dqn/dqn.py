@@ -13,14 +13,15 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from stable_baselines3.common.utils import get_parameters_by_name
 
 from sb3_scratch_dqn import checks, conversion
-from sb3_scratch_dqn.acting import EpsilonGreedyAlgorithm
-from sb3_scratch_dqn.engines import choose_engine
+from sb3_scratch_dqn.acting import GreedyActor
+from sb3_scratch_dqn.engines import Engine, choose_engine
 from sb3_scratch_dqn.files import Path
 from sb3_scratch_dqn.heads import LOSSES
 from sb3_scratch_dqn.networks import QNetwork
+from sb3_scratch_dqn.overriding import replaced
 from sb3_scratch_dqn.policies import CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
 from sb3_scratch_dqn.prefill import read_transitions, store_transitions
 from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source, check_sampling
@@ -30,6 +31,7 @@ from sb3_scratch_dqn.replay_setup import (
     make_replay_buffer,
     warn_of_memory,
 )
+from sb3_scratch_dqn.rollout import LeanRollouts
 from sb3_scratch_dqn.settings import check_combination, check_settings
 from sb3_scratch_dqn.target_sync import sync_is_due
 from sb3_scratch_dqn.td import MunchausenSettings, Objective
@@ -44,7 +46,7 @@ _UPDATES_BETWEEN_FIGURES = 100
 SelfScratchDQN = TypeVar("SelfScratchDQN", bound="ScratchDQN")
 
 
-class ScratchDQN(EpsilonGreedyAlgorithm):
+class ScratchDQN(LeanRollouts):
     """Deep Q-Network, from scratch (https://arxiv.org/abs/1312.5602, https://www.nature.com/articles/nature14236).
 
     The positional parameters are those of SB3's ``DQN``, with the same defaults; the keyword-only ones come on top.
@@ -227,7 +229,6 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
         assert isinstance(policy, DQNPolicy)
         self.policy = policy.to(self.device)
         self._create_aliases()
-        # Batch normalisation keeps running statistics, which polyak averaging of parameters does not reach
         self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
 
@@ -245,7 +246,30 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
 
     def _choose_engine(self) -> None:
         check_combination(self, self.policy.head, self.policy.head_name)
-        self._engine = choose_engine(self.engine, self.policy, self._objective())
+        self._engine_made_of = self._what_engines_are_made_of()
+        before = getattr(self, "_engine", None)
+        self._engine, why = choose_engine(self.engine, self.policy, self._objective())
+        if self.verbose >= 1 and (before is None or before.name != self._engine.name):
+            print(why)
+
+    def _what_engines_are_made_of(self) -> tuple[Any, ...]:
+        return self.engine, self.loss, self.double_q, self.munchausen, self.munchausen_kwargs
+
+    def _current_engine(self) -> Engine:
+        """The engine, made anew if somebody changed what it is made of."""
+        engine = self._engine
+        if (
+            engine.policy is not self.policy
+            or self._engine_made_of != self._what_engines_are_made_of()
+            or engine.outdated()
+        ):
+            self._choose_engine()
+        return self._engine
+
+    def _greedy_actor(self) -> GreedyActor | None:
+        if replaced(self.policy, DQNPolicy, "predict", "_predict", "obs_to_tensor"):
+            return None
+        return self._current_engine().act
 
     def _objective(self) -> Objective:
         munchausen = self.munchausen_kwargs or {}
@@ -325,8 +349,7 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
         # Callbacks may have changed the interval
         interval = self.target_update_interval
         if sync_is_due(interval, self.n_envs, self._n_calls, self._episodes_finished, self._episodes_ended_now):
-            polyak_update(self.q_net.parameters(), self.q_net_target.parameters(), self.tau)
-            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+            self._current_engine().move_target(self.tau)
         self._update_exploration_rate()
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
@@ -336,14 +359,12 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
         :param batch_size: transitions in each
         """
         assert self.replay_buffer is not None
-        if self._engine.policy is not self.policy or self._engine.objective != self._objective():
-            self._choose_engine()  # somebody changed them
-        self.policy.set_training_mode(True)
+        engine = self._current_engine()
         self._update_learning_rate(self.policy.optimizer)
         if isinstance(self.replay_buffer, ScratchReplayBuffer):
             self.replay_buffer.sampler.progressed(self._current_progress_remaining)
         source = batch_source(self.replay_buffer, batch_size, self._vec_normalize_env, self.gamma)
-        losses = self._engine.train(source, gradient_steps, self.max_grad_norm)
+        losses = engine.train(source, gradient_steps, self.max_grad_norm)
         self._n_updates += gradient_steps
         if self._n_updates // _UPDATES_BETWEEN_FIGURES > (self._n_updates - gradient_steps) // _UPDATES_BETWEEN_FIGURES:
             self._log_figures()
@@ -424,7 +445,10 @@ class ScratchDQN(EpsilonGreedyAlgorithm):
             "_epsilon_schedule",
             "_epsilon_made_of",
             "_engine",
+            "_engine_made_of",
             "_masks",
+            "_act",
+            "_stores_plainly",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

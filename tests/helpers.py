@@ -112,6 +112,11 @@ def ending_last_trajectory(model):
         buffer.timeouts[newest] = timeouts
 
 
+def exactly(algorithm):
+    """Settings with which an algorithm computes what SB3's DQN computes, to the last bit."""
+    return {} if issubclass(algorithm, DQN) else {"engine": "eager"}
+
+
 def random_states():
     """Every global random state that training touches."""
     return {"python": random.getstate(), "numpy": np.random.get_state()[1:], "torch": th.get_rng_state()}

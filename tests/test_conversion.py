@@ -51,7 +51,7 @@ def go_on(model, make_env, states):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_trained_model_goes_on_after_from_sb3_as_it_would_have(name):
     reference, states = trained(DQN, *CONFIGURATIONS[name])
-    converted = ScratchDQN.from_sb3(reference)
+    converted = ScratchDQN.from_sb3(reference, engine="eager")
 
     assert_equal(states, random_states())
     assert_equal(reference.get_parameters(), converted.get_parameters())
@@ -81,7 +81,7 @@ def test_a_saved_model_goes_on_after_from_sb3_as_it_would_have(tmp_path):
 
     env = normalized(TimeoutEnv)
     loaded = DQN.load(tmp_path / "dqn.zip", env=env)
-    converted = ScratchDQN.from_sb3(tmp_path / "dqn", env=env)
+    converted = ScratchDQN.from_sb3(tmp_path / "dqn", env=env, engine="eager")
     for model in (loaded, converted):
         model.load_replay_buffer(tmp_path / "replay.pkl", **pickled(model))
     observations = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
@@ -95,7 +95,7 @@ def test_a_saved_model_goes_on_after_from_sb3_as_it_would_have(tmp_path):
 
 def test_a_model_without_environment_is_converted_for_prediction(tmp_path):
     trained(DQN, "MlpPolicy", TimeoutEnv, 200, SMALL)[0].save(tmp_path / "dqn.zip")
-    converted = ScratchDQN.from_sb3(tmp_path / "dqn.zip")
+    converted = ScratchDQN.from_sb3(tmp_path / "dqn.zip", engine="eager")
     assert converted.env is None
     observation = np.ones(3, dtype=np.float32)
     expected = DQN.load(tmp_path / "dqn.zip").predict(observation, deterministic=True)
@@ -105,7 +105,7 @@ def test_a_model_without_environment_is_converted_for_prediction(tmp_path):
 
 def test_the_copies_are_independent():
     reference, _ = trained(DQN, "MlpPolicy", TimeoutEnv, 200, SMALL)
-    converted = ScratchDQN.from_sb3(reference)
+    converted = ScratchDQN.from_sb3(reference, engine="eager")
     before = replay_contents(reference.replay_buffer)
     converted.learn(100, reset_num_timesteps=False)
     assert_equal(before, replay_contents(reference.replay_buffer))
@@ -175,7 +175,7 @@ def test_a_replay_that_was_loaded_is_converted_as_it_is(other_size, settings, tm
         filled.save_replay_buffer(tmp_path / "replay.pkl")
         model, states = trained(algorithm, "MlpPolicy", TimeoutEnv, 100, {**SMALL, "buffer_size": 300})
         model.load_replay_buffer(tmp_path / "replay.pkl", **pickled(model))
-        converted = ScratchDQN.from_sb3(model) if algorithm is DQN else model.to_sb3()
+        converted = ScratchDQN.from_sb3(model, engine="eager") if algorithm is DQN else model.to_sb3()
         assert converted.replay_buffer.buffer_size == other_size
         assert_equal(replay_contents(model.replay_buffer), replay_contents(converted.replay_buffer))
         models.append((model, converted, states))
@@ -193,7 +193,7 @@ def test_a_replay_that_was_loaded_is_converted_as_it_is(other_size, settings, tm
 )
 def test_a_buffer_that_was_chosen_samples_as_it_did(settings):
     reference, states = trained(DQN, "MlpPolicy", TimeoutEnv, 200, {**SMALL, **settings})
-    converted = ScratchDQN.from_sb3(reference)
+    converted = ScratchDQN.from_sb3(reference, engine="eager")
     assert_same_training(go_on(reference, TimeoutEnv, states), go_on(converted, TimeoutEnv, states))
 
 
@@ -201,7 +201,7 @@ def test_steps_that_sb3_does_not_fold_are_not_folded():
     settings = {**SMALL, "replay_buffer_class": ReplayBuffer, "n_steps": 3}
     with pytest.warns(UserWarning, match="is ignored"):
         reference, states = trained(DQN, "MlpPolicy", TimeoutEnv, 200, settings)
-    converted = ScratchDQN.from_sb3(reference)
+    converted = ScratchDQN.from_sb3(reference, engine="eager")
     assert_same_training(go_on(reference, TimeoutEnv, states), go_on(converted, TimeoutEnv, states))
 
 

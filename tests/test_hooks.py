@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch as th
-from helpers import TimeoutEnv, assert_same_training
+from helpers import TimeoutEnv, assert_same_training, exactly
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
@@ -21,7 +21,7 @@ def test_an_overridden_predict_chooses_the_actions():
                     return np.array([1]), state
                 return super().predict(observation, state, episode_start, deterministic)
 
-        return Biased("MlpPolicy", TimeoutEnv(), **SMALL).learn(200)
+        return Biased("MlpPolicy", TimeoutEnv(), **SMALL, **exactly(algorithm)).learn(200)
 
     assert_same_training(biased(DQN), biased(ScratchDQN))
 
@@ -45,7 +45,7 @@ class ChangeEverything(BaseCallback):
 def test_what_a_callback_changes_is_changed():
     assert_same_training(
         *(
-            algorithm("MlpPolicy", TimeoutEnv(), **SMALL).learn(250, ChangeEverything())
+            algorithm("MlpPolicy", TimeoutEnv(), **SMALL, **exactly(algorithm)).learn(250, ChangeEverything())
             for algorithm in (DQN, ScratchDQN)
         )
     )

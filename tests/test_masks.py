@@ -129,12 +129,12 @@ def test_forbidden_actions_are_not_bootstrapped_from():
 
     def trained(env):
         model = ScratchDQN(
-            "MlpPolicy", env, learning_rate=1e-2, gamma=0.5, train_freq=1, target_update_interval=20, seed=0
+            "MlpPolicy", env, learning_rate=3e-3, gamma=0.5, train_freq=1, target_update_interval=20, seed=0
         )
         with th.no_grad():  # the forbidden action looks good to begin with, and nothing ever says otherwise
             for network in (model.q_net, model.q_net_target):
                 network.q_net[4].bias[1] += 100.0
-        return model.learn(600).q_values(np.eye(2, dtype=np.float32))
+        return model.learn(1000).q_values(np.eye(2, dtype=np.float32))
 
     values = trained(Tempting())
     assert values[1, 0] == pytest.approx(1.0, abs=0.1)

@@ -161,7 +161,13 @@ def test_noise_is_fresh_in_every_update_and_environment_step_and_differs_in_the_
         seen.append(noise_of(layer)[1].tolist())
 
     model = ScratchDQN(
-        "MlpPolicy", TimeoutEnv(), policy_kwargs={"noisy": True}, learning_starts=10, train_freq=5, gradient_steps=2
+        "MlpPolicy",
+        TimeoutEnv(),
+        policy_kwargs={"noisy": True},
+        learning_starts=10,
+        train_freq=5,
+        gradient_steps=2,
+        engine="eager",
     )
     layers = sum(isinstance(module, NoisyLinear) for module in model.q_net.modules())
     assert layers == 3

@@ -16,6 +16,7 @@ from helpers import (
     assert_equal,
     assert_same_training,
     ending_last_trajectory,
+    exactly,
     full_state,
     normalized,
     random_states,
@@ -118,8 +119,7 @@ CONFIGURATIONS = {
 
 
 def trained(algorithm, policy, make_env, steps, settings):
-    extra = {"engine": "eager"} if issubclass(algorithm, ScratchDQN) else {}
-    model = algorithm(policy, make_env(), **settings, **extra)
+    model = algorithm(policy, make_env(), **settings, **exactly(algorithm))
     return model.learn(steps), random_states()
 
 
@@ -215,7 +215,7 @@ def test_a_callback_that_stops_training_stops_it_at_the_same_bits():
     models, callbacks = [], []
     for algorithm in (DQN, ScratchDQN):
         callbacks.append(StopAt())
-        models.append(algorithm("MlpPolicy", TimeoutEnv(), **SMALL).learn(1000, callbacks[-1]))
+        models.append(algorithm("MlpPolicy", TimeoutEnv(), **SMALL, **exactly(algorithm)).learn(1000, callbacks[-1]))
     assert models[0].num_timesteps == 133
     assert_same_training(*models)
     assert_equal(callbacks[0].seen, callbacks[1].seen)

@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="speed of training",
         description="Speed of learn() and of updates, against SB3's DQN and, where it is installed, SBX's.",
     )
-    speed_parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(speed.CASES)}; default: all")
+    speed_parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"some of {', '.join(speed.CASES)}; default: all"
+    )
     speed_parser.add_argument("--rounds", type=_positive, default=5, help="measurements of each case (default: 5)")
     speed_parser.add_argument(
         "--contestants", nargs="+", metavar="NAME", help="some of sb3, sbx and this package's engines (default: all)"

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ _ONE_THREAD = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
 }
 
-_ZOO_NET = dict(net_arch=[256, 256])
+_ZOO_NET = {"net_arch": [256, 256]}
 
 
 class Case(NamedTuple):
@@ -57,99 +58,99 @@ CASES = {
         "the Zoo's CartPole",
         "CartPole-v1",
         2_560,
-        dict(
-            learning_rate=2.3e-3,
-            batch_size=64,
-            buffer_size=100_000,
-            learning_starts=1_000,
-            target_update_interval=10,
-            train_freq=256,
-            gradient_steps=128,
-            policy_kwargs=_ZOO_NET,
-        ),
+        {
+            "learning_rate": 2.3e-3,
+            "batch_size": 64,
+            "buffer_size": 100_000,
+            "learning_starts": 1_000,
+            "target_update_interval": 10,
+            "train_freq": 256,
+            "gradient_steps": 128,
+            "policy_kwargs": _ZOO_NET,
+        },
     ),
     "lunarlander": Case(
         "the Zoo's LunarLander",
         "LunarLander-v3",
         1_000,
-        dict(
-            learning_rate=6.3e-4,
-            batch_size=128,
-            buffer_size=50_000,
-            learning_starts=0,
-            target_update_interval=250,
-            train_freq=4,
-            gradient_steps=-1,
-            policy_kwargs=_ZOO_NET,
-        ),
+        {
+            "learning_rate": 6.3e-4,
+            "batch_size": 128,
+            "buffer_size": 50_000,
+            "learning_starts": 0,
+            "target_update_interval": 250,
+            "train_freq": 4,
+            "gradient_steps": -1,
+            "policy_kwargs": _ZOO_NET,
+        },
     ),
     "mountaincar": Case(
         "the Zoo's MountainCar",
         "MountainCar-v0",
         2_000,
-        dict(
-            learning_rate=4e-3,
-            batch_size=128,
-            buffer_size=10_000,
-            learning_starts=1_000,
-            gamma=0.98,
-            target_update_interval=600,
-            train_freq=16,
-            gradient_steps=8,
-            policy_kwargs=_ZOO_NET,
-        ),
+        {
+            "learning_rate": 4e-3,
+            "batch_size": 128,
+            "buffer_size": 10_000,
+            "learning_starts": 1_000,
+            "gamma": 0.98,
+            "target_update_interval": 600,
+            "train_freq": 16,
+            "gradient_steps": 8,
+            "policy_kwargs": _ZOO_NET,
+        },
     ),
     "acrobot": Case(
         "the Zoo's Acrobot",
         "Acrobot-v1",
         1_000,
-        dict(
-            learning_rate=6.3e-4,
-            batch_size=128,
-            buffer_size=50_000,
-            learning_starts=0,
-            target_update_interval=250,
-            train_freq=4,
-            gradient_steps=-1,
-            policy_kwargs=_ZOO_NET,
-        ),
+        {
+            "learning_rate": 6.3e-4,
+            "batch_size": 128,
+            "buffer_size": 50_000,
+            "learning_starts": 0,
+            "target_update_interval": 250,
+            "train_freq": 4,
+            "gradient_steps": -1,
+            "policy_kwargs": _ZOO_NET,
+        },
     ),
     "cleanrl": Case(
         "CleanRL's `dqn.py` settings, CartPole",
         "CartPole-v1",
         8_000,
-        dict(
-            learning_rate=2.5e-4,
-            batch_size=128,
-            buffer_size=10_000,
-            learning_starts=1_000,
-            target_update_interval=500,
-            train_freq=10,
-            gradient_steps=1,
-            policy_kwargs=dict(net_arch=[120, 84]),
-        ),
+        {
+            "learning_rate": 2.5e-4,
+            "batch_size": 128,
+            "buffer_size": 10_000,
+            "learning_starts": 1_000,
+            "target_update_interval": 500,
+            "train_freq": 10,
+            "gradient_steps": 1,
+            "policy_kwargs": {"net_arch": [120, 84]},
+        },
     ),
     "odd": Case(
         "200-100-50 wide, batch 100, an update and a soft target each step, CartPole",
         "CartPole-v1",
         1_000,
-        dict(
-            learning_rate=1e-3,
-            batch_size=100,
-            buffer_size=50_000,
-            learning_starts=100,
-            tau=0.005,
-            target_update_interval=1,
-            train_freq=1,
-            gradient_steps=1,
-            policy_kwargs=dict(net_arch=[200, 100, 50]),
-        ),
+        {
+            "learning_rate": 1e-3,
+            "batch_size": 100,
+            "buffer_size": 50_000,
+            "learning_starts": 100,
+            "tau": 0.005,
+            "target_update_interval": 1,
+            "train_freq": 1,
+            "gradient_steps": 1,
+            "policy_kwargs": {"net_arch": [200, 100, 50]},
+        },
     ),
     "images": Case(
         "Nature CNN on images of 84 x 84 x 4, an update each 4 steps",
-        "Noise84-v0",
+        "Noise84",
         40,
-        dict(batch_size=32, buffer_size=1_000, learning_starts=100),
+        {"batch_size": 32, "buffer_size": 1_000, "learning_starts": 100},
         "CnnPolicy",
     ),
 }
@@ -189,18 +190,18 @@ def contestants(names: Sequence[str] | None, device: str) -> list[str]:
 def _make(contestant: str, case: Case, device: str) -> Any:
     # Only the contestant's own library is imported, for the sake of its peak memory
     common: dict[str, Any] = dict(case.settings, seed=0)
-    gym.register("Noise84-v0", NoiseEnv)
+    make_env: Any = NoiseEnv if case.env == "Noise84" else partial(gym.make, case.env)
     if contestant == "sbx":
         from sbx import DQN as SBX
 
-        return SBX(case.policy, case.env, **common)
+        return SBX(case.policy, make_env(), **common)
     if contestant == "sb3":
         from stable_baselines3 import DQN
 
-        return DQN(case.policy, case.env, device=device, **common)
-    from sb3_scratch_dqn import ScratchDQN
+        return DQN(case.policy, make_env(), device=device, **common)
+    from sb3_scratch_dqn.dqn import ScratchDQN
 
-    return ScratchDQN(case.policy, case.env, device=device, engine=contestant, **common)
+    return ScratchDQN(case.policy, make_env(), device=device, engine=contestant, **common)
 
 
 class Round(NamedTuple):

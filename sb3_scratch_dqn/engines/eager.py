@@ -3,12 +3,19 @@
 It serves every configuration and is the yardstick of every other engine.
 """
 
+from typing import Any, ClassVar
+
+import numpy as np
 import torch as th
+from stable_baselines3.common.utils import get_parameters_by_name, obs_as_tensor, polyak_update
 
 from sb3_scratch_dqn.engines.update import LastUpdate
 from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.td import Objective, make_target, td_losses
+
+# Batches that are drawn in one go; more would take memory and save no more time
+_BATCHES_AT_ONCE = 16
 
 
 class EagerEngine:
@@ -18,12 +25,24 @@ class EagerEngine:
     :param objective: what it is to learn
     """
 
-    name = "eager"
+    name: ClassVar[str] = "eager"
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
         self.policy = policy
         self.objective = objective
         self.last_update: LastUpdate | None = None
+        # Batch normalisation keeps running statistics, which averaging of parameters does not reach
+        self._statistics = get_parameters_by_name(policy.q_net, ["running_"])
+        self._target_statistics = get_parameters_by_name(policy.q_net_target, ["running_"])
+
+    @staticmethod
+    def why_not(policy: DQNPolicy, objective: Objective) -> str | None:
+        """Why this engine cannot serve: it always can."""
+        return None
+
+    def outdated(self) -> bool:
+        """Whether somebody changed the policy in a way that this engine must be made anew for: it looks each time."""
+        return False
 
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
         """Take some gradient steps.
@@ -34,20 +53,45 @@ class EagerEngine:
         :return: the mean loss of each step
         """
         policy = self.policy
+        policy.set_training_mode(True)
         target = make_target(self.objective, policy.q_net, policy.q_net_target, policy.head)
         parameters = list(policy.q_net.parameters())
+        at_once = _BATCHES_AT_ONCE if source.ahead else 1
         losses = []
-        for _ in range(gradient_steps):
-            batch = source.draw()
-            with policy.noise():
-                td = td_losses(batch, policy.q_net.outputs, target, policy.head, self.objective.loss)
-            loss = (batch.weights * td.losses).mean()
-            losses.append(loss.item())
+        for begin in range(0, gradient_steps, at_once):
+            n_batches = min(at_once, gradient_steps - begin)
+            for batch in source.draw(n_batches).split(n_batches):
+                with policy.noise():
+                    td = td_losses(batch, policy.q_net.outputs, target, policy.head, self.objective.loss)
+                loss = (batch.weights * td.losses).mean()
+                losses.append(loss.detach())
 
-            policy.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # PyTorch has no types for it
-            grad_norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-            policy.optimizer.step()
-            source.give_back(batch, td.priorities)
-            self.last_update = LastUpdate(policy.head, td.outputs.detach(), td.target, grad_norm)
-        return losses
+                policy.optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]  # PyTorch has no types for it
+                grad_norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+                policy.optimizer.step()
+                source.give_back(batch, td.priorities)
+                self.last_update = LastUpdate(policy.head, td.outputs.detach(), td.target, grad_norm)
+        # One wait for the device, not one an update
+        return th.stack(losses).tolist() if losses else []
+
+    def act(self, observation: Any) -> Any:
+        """Greedy actions, with noise in noisy layers.
+
+        :param observation: ``(B, ...)``, or a dict of such arrays
+        :return: ``(B,)``
+        """
+        policy = self.policy
+        if policy.training:
+            policy.set_training_mode(False)
+        with th.no_grad(), policy.q_net.noise():
+            actions: np.ndarray = policy.q_net._predict(obs_as_tensor(observation, policy.device)).cpu().numpy()
+        return actions
+
+    def move_target(self, tau: float) -> None:
+        """Let the target network follow.
+
+        :param tau: how far; 1 copies the online network
+        """
+        polyak_update(self.policy.q_net.parameters(), self.policy.q_net_target.parameters(), tau)
+        polyak_update(self._statistics, self._target_statistics, 1.0)

@@ -12,6 +12,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_scratch_dqn.overriding import replaced
 from sb3_scratch_dqn.replay.batch import Batch, batch_from_samples
 from sb3_scratch_dqn.replay.frames import StackedFrames, Stacking
 from sb3_scratch_dqn.replay.nstep import Floats, Fold, fold_n_steps, fold_one_step
@@ -168,15 +169,20 @@ class ScratchReplayBuffer(ReplayBuffer):
             self.full = True
             self.pos = 0
 
-    def sample_batch(self, batch_size: int, env: VecNormalize | None = None, gamma: float | None = None) -> Batch:
-        """Draw what one update learns from.
+    def sample_batch(
+        self, batch_size: int, env: VecNormalize | None = None, gamma: float | None = None, n_batches: int = 1
+    ) -> Batch:
+        """Draw what one update learns from, or several of them.
 
-        :param batch_size: number of transitions ``B``
+        :param batch_size: number of transitions of an update
         :param env: normalises observations and rewards
         :param gamma: discount of one step; by default the buffer's own
+        :param n_batches: for so many updates, whose batches lie one behind the other; what as many calls would draw.
+            More than 1 only where the sampler learns nothing from one batch that changes the next
+        :return: ``B = n_batches * batch_size`` transitions
         :raises ValueError: if the buffer is empty
         """
-        rows, envs, weights = self.sampler.draw(self, batch_size)
+        rows, envs, weights = self.sampler.draw(self, batch_size, n_batches)
         fold = self._fold(rows, envs, env, self.gamma if gamma is None else gamma)
         observations, next_observations = self.store.read_both(rows, fold.last_rows, envs)
         return Batch(
@@ -285,12 +291,16 @@ class ScratchReplayBuffer(ReplayBuffer):
 class BatchSource:
     """Where an engine gets its batches.
 
-    :param draw: gives the next one
-    :param give_back: takes the priorities of the transitions of a batch, ``(B,)``
+    :param draw: gives the next ones, as many as it is asked for, one behind the other in one :class:`Batch`
+    :param give_back: takes the priorities of the transitions of one batch, ``(B,)``
+    :param ahead: whether ``draw`` can be asked for more than one batch at a time, before any priorities are known
+    :param batch_size: transitions of one batch
     """
 
-    draw: Callable[[], Batch]
+    draw: Callable[[int], Batch]
     give_back: Callable[[Batch, th.Tensor], None]
+    ahead: bool
+    batch_size: int
 
 
 def _ignore(batch: Batch, priorities: th.Tensor) -> None:
@@ -305,11 +315,15 @@ def batch_source(buffer: ReplayBuffer, batch_size: int, env: VecNormalize | None
     :param env: normalises observations and rewards
     :param gamma: discount of one step
     """
-    if isinstance(buffer, ScratchReplayBuffer) and not _samples_its_own_way(buffer):
-        draw = partial(buffer.sample_batch, batch_size, env, gamma)
-        uniform = isinstance(buffer.sampler, UniformSampler)
-        return BatchSource(draw, _ignore if uniform else buffer.update_priorities)
-    return BatchSource(lambda: batch_from_samples(buffer.sample(batch_size, env=env), gamma), _ignore)
+    if not isinstance(buffer, ScratchReplayBuffer) or _samples_its_own_way(buffer):
+        return BatchSource(
+            lambda _: batch_from_samples(buffer.sample(batch_size, env=env), gamma), _ignore, False, batch_size
+        )
+    give_back = _ignore if isinstance(buffer.sampler, UniformSampler) else buffer.update_priorities
+    if replaced(buffer, ScratchReplayBuffer, "sample_batch"):
+        return BatchSource(lambda _: buffer.sample_batch(batch_size, env, gamma), give_back, False, batch_size)
+    draw = partial(buffer.sample_batch, batch_size, env, gamma)
+    return BatchSource(draw, give_back, not buffer.sampler.learns, batch_size)
 
 
 def check_sampling(buffer: ReplayBuffer, masked: bool) -> None:
@@ -334,7 +348,4 @@ def check_sampling(buffer: ReplayBuffer, masked: bool) -> None:
 
 def _samples_its_own_way(buffer: ScratchReplayBuffer) -> bool:
     """Whether somebody replaced what SB3's users replace to change what is sampled."""
-    return any(
-        name in vars(buffer) or getattr(type(buffer), name) is not getattr(ScratchReplayBuffer, name)
-        for name in ("sample", "_get_samples")
-    )
+    return replaced(buffer, ScratchReplayBuffer, "sample", "_get_samples")

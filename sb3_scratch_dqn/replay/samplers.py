@@ -43,11 +43,17 @@ class Draw(NamedTuple):
 
 
 class Sampler(Protocol):
-    """Chooses transitions of a ring, and is told what becomes of it."""
+    """Chooses transitions of a ring, and is told what becomes of it.
 
-    def draw(self, buffer: Ring, batch_size: int) -> Draw:
-        """Choose ``batch_size`` transitions.
+    :param learns: whether what it is told of one batch changes what it draws for the next
+    """
 
+    learns: bool
+
+    def draw(self, buffer: Ring, batch_size: int, n_batches: int = 1) -> Draw:
+        """Choose ``batch_size`` transitions, and as many again for each further batch.
+
+        :return: ``B = n_batches * batch_size`` transitions, those that as many calls would have chosen
         :raises ValueError: if the buffer is empty
         """
 
@@ -85,21 +91,33 @@ class UniformSampler:
     choose the same transitions from the same random state.
     """
 
-    def draw(self, buffer: Ring, batch_size: int) -> Draw:
-        """Choose ``batch_size`` transitions.
+    learns = False
+
+    def draw(self, buffer: Ring, batch_size: int, n_batches: int = 1) -> Draw:
+        """Choose ``n_batches`` times ``batch_size`` transitions.
 
         :raises ValueError: if the buffer is empty
         """
         _refuse_empty(buffer)
+        size = n_batches * batch_size
+        weights = th.ones(size, device=buffer.device)
+        if buffer.n_envs == 1 or n_batches == 1:
+            # One call of NumPy's draws the same numbers as several do
+            return Draw(self._draw_rows(buffer, size), self.draw_envs(buffer, size), weights)
+        draws = [(self._draw_rows(buffer, batch_size), self.draw_envs(buffer, batch_size)) for _ in range(n_batches)]
+        rows, envs = (np.concatenate(parts) for parts in zip(*draws, strict=True))
+        return Draw(rows, envs, weights)
+
+    def _draw_rows(self, buffer: Ring, size: int) -> Array:
         if buffer.optimize_memory_usage and buffer.full:
             # The observation at `pos` already belongs to the step that will be written there next
-            rows = (np.random.randint(1, buffer.buffer_size, size=batch_size) + buffer.pos) % buffer.buffer_size
-        else:
-            rows = np.random.randint(0, buffer.size(), size=batch_size)
-        return Draw(rows, self.draw_envs(buffer, batch_size), th.ones(batch_size, device=buffer.device))
+            return (np.random.randint(1, buffer.buffer_size, size=size) + buffer.pos) % buffer.buffer_size
+        return np.random.randint(0, buffer.size(), size=size)
 
     def draw_envs(self, buffer: Ring, batch_size: int) -> Array:
         """Choose an environment for each of ``batch_size`` transitions."""
+        if buffer.n_envs == 1:  # of one number there is nothing to draw, and NumPy's generator stays as it is
+            return np.zeros(batch_size, dtype=np.int64)
         return np.random.randint(0, high=buffer.n_envs, size=(batch_size,))
 
     def written(self, buffer: Ring, row: int) -> None:
@@ -137,6 +155,8 @@ class PrioritizedSampler:
     :param epsilon: the priority of a transition from which there is nothing to learn
     """
 
+    learns = True
+
     def __init__(
         self, n_envs: int, alpha: float = 0.6, beta: float = 0.4, beta_final: float = 1.0, epsilon: float = 1e-6
     ) -> None:
@@ -154,11 +174,13 @@ class PrioritizedSampler:
         self.max_value = 1.0  # of (p + epsilon)**alpha
         self.tree = SumTree()
 
-    def draw(self, buffer: Ring, batch_size: int) -> Draw:
+    def draw(self, buffer: Ring, batch_size: int, n_batches: int = 1) -> Draw:
         """Choose ``batch_size`` transitions.
 
+        :param n_batches: must be 1: the priorities of one batch must be known before the next is drawn
         :raises ValueError: if the buffer is empty
         """
+        assert n_batches == 1
         _refuse_empty(buffer)
         parts = (np.arange(batch_size) + np.random.random_sample(batch_size)) / batch_size
         places = self.tree.find(parts)

@@ -1,0 +1,161 @@
+"""Parameters, gradients and the state of Adam as views of a few flat tensors.
+
+So one call updates them all, and so does one for the target network. Everyone else finds them where they were: the
+parameters stay the same objects, and ``state_dict``, ``load_state_dict``, saving and callbacks read and write the same
+memory. What puts other memory in its place, such as the loading of an optimiser's state, is noticed
+(:meth:`FlatParameters.outdated`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch as th
+from torch import nn
+
+from sb3_scratch_dqn.engines.products import both
+from sb3_scratch_dqn.policies import DQNPolicy
+
+# What must be off in an optimiser's settings
+_UNKNOWN_SETTINGS = ("amsgrad", "maximize", "differentiable", "capturable")
+
+
+def why_no_adam(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> str | None:
+    """Why this optimiser cannot be replaced by one call for all parameters; ``None`` if it can.
+
+    :param optimizer: of a policy
+    :param parameters: that are to be trained, in their order
+    """
+    if type(optimizer) is not th.optim.Adam:
+        return f"optimizer_class={type(optimizer).__name__} is not Adam"
+    if not hasattr(th, "_fused_adam_"):
+        return "this PyTorch has no fused Adam"
+    if len(optimizer.param_groups) != 1:
+        return f"the optimizer has {len(optimizer.param_groups)} groups of parameters instead of one"
+    (group,) = optimizer.param_groups
+    if [id(one) for one in group["params"]] != [id(one) for one in parameters]:
+        return "the optimizer trains other parameters than those of the online network"
+    for name in (*_UNKNOWN_SETTINGS, "decoupled_weight_decay"):
+        if group.get(name):
+            return f"Adam has {name}={group[name]!r}"
+    if isinstance(group["lr"], th.Tensor):
+        return "the learning rate of the optimizer is a tensor"
+    return None
+
+
+class FlatParameters:
+    """The networks and the optimiser of a policy, rearranged.
+
+    :param policy: whose optimiser is Adam, as :func:`why_no_adam` wants it
+    """
+
+    def __init__(self, policy: DQNPolicy) -> None:
+        self._policy = policy
+        self._optimizer = policy.optimizer
+        online, target = list(policy.q_net.parameters()), list(policy.q_net_target.parameters())
+        self._online, self._both_networks = online, [*online, *target]
+        self.parameters, self.target = self._flatten(online), self._flatten(target)
+        self.gradient = both(th.zeros_like(self.parameters))
+        for parameter, view in zip(online, _views(self.gradient.tensor, online), strict=True):
+            parameter.grad = view
+        self._arrange_state(online)
+        # Whatever hooks hang on, now or later, sees every step only in autograd's way
+        self._hooks: list[Any] = [
+            hooks
+            for module in (*policy.q_net.modules(), *policy.q_net_target.modules())
+            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        ]
+        self._hooks += [policy.optimizer._optimizer_step_pre_hooks, policy.optimizer._optimizer_step_post_hooks]
+        self._pointers = [parameter.data_ptr() for parameter in self._both_networks]
+
+    @staticmethod
+    def _flatten(parameters: list[nn.Parameter]) -> th.Tensor:
+        flat = th.zeros(sum(map(_room, parameters)))
+        for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
+            view.copy_(parameter.detach())
+            parameter.data = view
+        return flat
+
+    def _arrange_state(self, online: list[nn.Parameter]) -> None:
+        optimizer = self._optimizer
+        self._state = optimizer.state
+        first, second = th.zeros_like(self.parameters), th.zeros_like(self.parameters)
+        # Each parameter has a count of its own, so that Adam itself could go on from here
+        self._steps = th.zeros(len(online))
+        views = zip(online, _views(first, online), _views(second, online), self._steps, strict=True)
+        for parameter, average, square, step in views:
+            state = optimizer.state[parameter]
+            if state:
+                average.copy_(state["exp_avg"])
+                square.copy_(state["exp_avg_sq"])
+                step.copy_(th.as_tensor(state["step"]))
+            state.update(step=step, exp_avg=average, exp_avg_sq=square)
+        if bool((self._steps == self._steps[0]).all()):
+            arguments: tuple[Any, ...] = (
+                [self.parameters],
+                [self.gradient.tensor],
+                [first],
+                [second],
+                [],
+                [self._steps[0]],
+            )
+        else:  # somebody trained a part of the network alone
+            parts = [list(_views(flat, online)) for flat in (self.parameters, self.gradient.tensor, first, second)]
+            arguments = (*parts, [], list(self._steps))
+        self._adam_arguments = arguments
+
+    def outdated(self) -> bool:
+        """Whether somebody put other memory in the place of this, or hung up hooks that want to see it."""
+        return (
+            self._policy.optimizer is not self._optimizer
+            or self._optimizer.state is not self._state
+            or [parameter.data_ptr() for parameter in self._both_networks] != self._pointers
+            or any(self._hooks)
+            or not all(parameter.requires_grad for parameter in self._online)
+        )
+
+    def adam_step(self) -> None:
+        """Update the parameters from the gradient (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980)."""
+        (group,) = self._optimizer.param_groups
+        self._steps.add_(1)
+        _fused_adam(
+            *self._adam_arguments,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def move_target(self, tau: float) -> None:
+        """Let the target network follow.
+
+        :param tau: how far; 1 copies the online network
+        """
+        if tau == 1:
+            self.target.copy_(self.parameters)
+        else:
+            self.target.mul_(1 - tau).add_(self.parameters, alpha=tau)
+
+
+# Floats between the beginnings of parameters are a multiple of this: 64 bytes, as PyTorch allocates memory. Otherwise
+# matrix products take longer, and on some processors differ in the last bits from those of the same model elsewhere
+_ALIGNMENT = 16
+
+
+def _room(parameter: nn.Parameter) -> int:
+    """Floats that a parameter takes. Those that it has no use for are 0, and all that follows from them stays 0."""
+    return -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+
+
+def _views(flat: th.Tensor, like: list[nn.Parameter]) -> Iterator[th.Tensor]:
+    """Parts of a flat tensor, one behind the other, shaped as parameters."""
+    begin = 0
+    for parameter in like:
+        yield flat[begin : begin + parameter.numel()].view(parameter.shape)
+        begin += _room(parameter)
+
+
+# PyTorch does not document it, but its own fused Adam is made of it
+_fused_adam: Callable[..., None] = getattr(th, "_fused_adam_", lambda *_, **__: None)
