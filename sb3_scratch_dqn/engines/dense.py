@@ -19,62 +19,67 @@ Noisy layers (:mod:`sb3_scratch_dqn.noisy`) use :math:`W + \Sigma \odot \varepsi
 Dueling streams compute :math:`Q_a = V + A_a - \frac{1}{|A|} \sum_{a'} A_{a'}`, so :math:`\bar V = \sum_a \bar Q_a` and
 :math:`\bar A_a = \bar Q_a - \frac{1}{|A|} \sum_{a'} \bar Q_{a'}`.
 
-Everything lies in memory that is allocated once: one set for each number of rows ``B``, which a *pass* holds.
+Everything lies in memory that is allocated once: one set for each number of rows ``B``, which a *pass* holds. So a pass
+is a list of calls with arguments that never change (:class:`NetworkPass`); making them is all that is left to do.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch as th
 from torch import nn
 
-from sb3_scratch_dqn.engines.products import Both, Floats, both, both_of_array, empty, products_for
+from sb3_scratch_dqn.engines.products import Both, Call, Floats, both, empty, products_for, run
 from sb3_scratch_dqn.networks import DuelingStreams
 from sb3_scratch_dqn.noisy import NoisyLinear
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
-_ZERO = np.float32(0)
 _ONE = np.float32(1)
+
+# Up to about so many numbers NumPy's ReLU takes less time than PyTorch's, whose calls cost more
+_FEW_NUMBERS = 4096
 
 # Up to so many rows it is cheaper to bring noise to the inputs and outputs of a layer than to its weights
 _FEW_ROWS = 16
 
-
-def _relu(h: Floats) -> None:
-    np.maximum(h, _ZERO, out=h)
-
-
-def _relu_gradient(h: Floats, g: Floats, scratch: Floats) -> None:
-    np.sign(h, out=scratch)
-    np.multiply(g, scratch, out=g)
+# Numbers of rows for which a network keeps memory
+_PASSES_KEPT = 16
 
 
-def _tanh(h: Floats) -> None:
-    np.tanh(h, out=h)
+def _activate(activation: str | None, h: Both) -> list[Call]:
+    """Apply an activation in place."""
+    if activation == "tanh":
+        return [(np.tanh, (h.array, h.array))]
+    if activation == "relu":
+        if h.array.size > _FEW_NUMBERS:
+            return [(th.relu_, (h.tensor,))]
+        # An array of zeros, because NumPy takes three times as long with a single one
+        return [(partial(np.maximum, out=h.array), (h.array, np.zeros_like(h.array)))]
+    return []
 
 
-def _tanh_gradient(h: Floats, g: Floats, scratch: Floats) -> None:
-    np.multiply(h, h, out=scratch)
-    np.subtract(_ONE, scratch, out=scratch)
-    np.multiply(g, scratch, out=g)
-
-
-# In place, on outputs
-Activate = Callable[[Floats], None]
-
-# Outputs, gradients, which it changes in place, and memory for something of their size
-BackThrough = Callable[[Floats, Floats, Floats], None]
-
-_FUNCTIONS: dict[str, tuple[Activate, BackThrough]] = {
-    "relu": (_relu, _relu_gradient),
-    "tanh": (_tanh, _tanh_gradient),
-}
+def _back_through(activation: str | None, h: Both, g: Both) -> list[Call]:
+    """Turn the gradient of an activation's outputs ``h`` into that of its inputs, in place."""
+    if activation is None:
+        return []
+    if activation == "relu" and h.array.size > _FEW_NUMBERS:
+        return [(partial(th.ops.aten.threshold_backward.grad_input, grad_input=g.tensor), (g.tensor, h.tensor, 0))]
+    factor, outputs, gradients = np.empty_like(h.array), h.array, g.array
+    if activation == "relu":
+        return [(np.sign, (outputs, factor)), (np.multiply, (gradients, factor, gradients))]
+    return [
+        (np.multiply, (outputs, outputs, factor)),
+        (np.subtract, (_ONE, factor, factor)),
+        (np.multiply, (gradients, factor, gradients)),
+    ]
 
 
 class Noise:
-    """What a noisy layer has besides weights and bias.
+    """What a noisy layer has besides weights and bias, and both with the noise of now.
 
     :param layer: the layer, whose parameters are read
     :param gradients: memory for the gradients of ``weight_sigma`` and ``bias_sigma``
@@ -83,35 +88,44 @@ class Noise:
     def __init__(self, layer: NoisyLinear, gradients: tuple[Both, Both] | None) -> None:
         self.weight_sigma, self.bias_sigma = both(layer.weight_sigma.detach()), both(layer.bias_sigma.detach())
         self.gradients = gradients
-        self.inputs: Floats
-        self.outputs: Floats
-        self.in_weights = False  # whether weight and bias have the noise of now
-        self.weight, self.bias = empty(layer.out_features, layer.in_features), empty(layer.out_features)
+        n_outputs, n_inputs = layer.out_features, layer.in_features
+        self.weight, self.bias = empty(n_outputs, n_inputs), empty(n_outputs)
+        drawn, scaled = empty(n_outputs + n_inputs), empty(n_outputs + n_inputs)
+        self.outputs, self.inputs = scaled.array[:n_outputs], scaled.array[n_outputs:]
+        self.draw: list[Call] = [  # the numbers that NoisyLinear.draw_noise() draws
+            (drawn.tensor.normal_, ()),
+            (np.abs, (drawn.array, scaled.array)),
+            (np.sqrt, (scaled.array, scaled.array)),
+            (np.copysign, (scaled.array, drawn.array, scaled.array)),
+        ]
+        self.bring_to_weights: list[Call] = [
+            (np.multiply, (self.weight_sigma.array, self.outputs[:, None], self.weight.array)),
+            (np.multiply, (self.weight.array, self.inputs, self.weight.array)),
+            (np.add, (self.weight.array, layer.weight.detach().numpy(), self.weight.array)),
+            (np.multiply, (self.bias_sigma.array, self.outputs, self.bias.array)),
+            (np.add, (self.bias.array, layer.bias.detach().numpy(), self.bias.array)),
+        ]
 
-    def draw(self) -> None:
-        """Draw other noise, the numbers that :meth:`NoisyLinear.draw_noise` draws."""
-        n_outputs, n_inputs = self.weight.array.shape
-        scaled = th.randn(n_outputs + n_inputs).numpy()
-        scaled = np.sign(scaled) * np.sqrt(np.abs(scaled))
-        self.outputs, self.inputs = scaled[:n_outputs], scaled[n_outputs:]
-        self.in_weights = False
+    def on_outputs(self, x: Floats, out: Floats) -> list[Call]:
+        r"""Bring noise to the outputs of a layer: :math:`\varepsilon \odot (\Sigma (\eta \odot x) + \sigma)`."""
+        noisy_x, noise = np.empty_like(x), np.empty_like(out)
+        return [
+            (np.multiply, (x, self.inputs, noisy_x)),
+            (np.dot, (noisy_x, self.weight_sigma.array.T, noise)),
+            (np.add, (noise, self.bias_sigma.array, noise)),
+            (np.multiply, (noise, self.outputs, noise)),
+            (np.add, (out, noise, out)),
+        ]
 
-    def bring_to(self, weight: Both, bias: Both) -> None:
-        """Compute weights and bias with the noise of now."""
-        outputs, inputs = th.from_numpy(self.outputs), th.from_numpy(self.inputs)
-        th.outer(outputs, inputs, out=self.weight.tensor)
-        th.addcmul(weight.tensor, self.weight_sigma.tensor, self.weight.tensor, out=self.weight.tensor)
-        np.multiply(self.bias_sigma.array, self.outputs, out=self.bias.array)
-        np.add(self.bias.array, bias.array, out=self.bias.array)
-        self.in_weights = True
-
-    def back(self, weight_gradient: Both, bias_gradient: Both) -> None:
+    def back(self, weight_gradient: Floats, bias_gradient: Floats) -> list[Call]:
         """Gradients of the sigmas from those of weights and bias."""
         assert self.gradients is not None
-        weight_sigma, bias_sigma = self.gradients
-        np.multiply(weight_gradient.array, self.outputs[:, None], out=weight_sigma.array)
-        np.multiply(weight_sigma.array, self.inputs, out=weight_sigma.array)
-        np.multiply(bias_gradient.array, self.outputs, out=bias_sigma.array)
+        weight_sigma, bias_sigma = (gradient.array for gradient in self.gradients)
+        return [
+            (np.multiply, (weight_gradient, self.outputs[:, None], weight_sigma)),
+            (np.multiply, (weight_sigma, self.inputs, weight_sigma)),
+            (np.multiply, (bias_gradient, self.outputs, bias_sigma)),
+        ]
 
 
 class Layer:
@@ -134,104 +148,68 @@ class Layer:
         if isinstance(layer, NoisyLinear):
             own = (gradient(layer.weight_sigma), gradient(layer.bias_sigma)) if trains else None
             self.noise = Noise(layer, own)
-        self.with_noise = False
         self.n_outputs, self.n_inputs = self.weight.array.shape
 
+    def forward(self, x: Both, noisy: bool) -> tuple[Both, list[Call]]:
+        """Outputs ``(B, N)``, and the calls that compute them from ``(B, K)``."""
+        rows = len(x.array)
+        out = empty(rows, self.n_outputs)
+        noise = self.noise if noisy else None
+        in_weights = noise is not None and rows > _FEW_ROWS
+        weight, bias = (noise.weight, noise.bias) if noise is not None and in_weights else (self.weight, self.bias)
+        calls = products_for(rows, self.n_inputs, self.n_outputs).outputs(x, weight, bias, out)
+        if noise is not None and not in_weights:
+            calls += noise.on_outputs(x.array, out.array)
+        return out, calls + _activate(self.activation, out)
 
-class LayerPass:
-    """One layer on so many rows.
+    def backward(self, x: Both, out: Both, g: Both, noisy: bool, to: Both | None) -> list[Call]:
+        """The calls that write the gradients of the parameters.
 
-    :param layer: the layer
-    :param rows: ``B``
-    """
-
-    def __init__(self, layer: Layer, rows: int) -> None:
-        self.layer = layer
-        self.products = products_for(rows, layer.n_inputs, layer.n_outputs)
-        self.out = empty(rows, layer.n_outputs)
-        self._activate: Activate | None = None
-        self._back_through: BackThrough | None = None
-        if layer.activation is not None:
-            self._activate, self._back_through = _FUNCTIONS[layer.activation]
-        self._rows = rows
-        self._used = layer.weight
-        self._inputs: Both = self.out  # until there were some
-        self._scratch: Floats | None = None
-        self._ones: Floats | None = None
-        self._input_gradient: Both | None = None
-
-    def forward(self, x: Both) -> Both:
-        """``(B, K)`` to ``(B, N)``."""
-        layer, out = self.layer, self.out
-        weight, bias = layer.weight, layer.bias
-        if layer.with_noise:
-            noise = layer.noise
-            assert noise is not None
-            if not noise.in_weights:
-                return self._forward_with_noise(x, noise)
-            weight, bias = noise.weight, noise.bias
-        self._inputs, self._used = x, weight
-        self.products.outputs(x, weight, out)
-        np.add(out.array, bias.array, out=out.array)
-        if self._activate is not None:
-            self._activate(out.array)
-        return out
-
-    def _forward_with_noise(self, x: Both, noise: Noise) -> Both:
-        out = self.out.array
-        np.dot(x.array, self.layer.weight.array.T, out=out)
-        out += self.layer.bias.array
-        out += noise.outputs * (np.dot(x.array * noise.inputs, noise.weight_sigma.array.T) + noise.bias_sigma.array)
-        if self._activate is not None:
-            self._activate(out)
-        return self.out
-
-    def backward(self, g: Both, to_inputs: bool) -> Both | None:
-        """Write the gradients of the parameters.
-
+        :param x: what :meth:`forward` got
+        :param out: and gave
         :param g: the gradient of the outputs, ``(B, N)``, which is overwritten
-        :param to_inputs: whether to compute that of the inputs too
-        :return: that, ``(B, K)``
+        :param noisy: as for :meth:`forward`
+        :param to: memory for the gradient of the inputs, ``(B, K)``; ``None`` if nobody wants it
         """
-        layer = self.layer
-        assert layer.gradients is not None
-        if self._ones is None:
-            self._ones = np.ones(self._rows, dtype=np.float32)
-        if self._back_through is not None:
-            if self._scratch is None:
-                self._scratch = np.empty_like(self.out.array)
-            self._back_through(self.out.array, g.array, self._scratch)
-        weight_gradient, bias_gradient = layer.gradients
-        self.products.weight_gradient(g, self._inputs, weight_gradient)
-        np.dot(self._ones, g.array, out=bias_gradient.array)
-        if layer.with_noise:
-            assert layer.noise is not None
-            layer.noise.back(weight_gradient, bias_gradient)
-        if not to_inputs:
-            return None
-        if self._input_gradient is None:
-            self._input_gradient = empty(self._rows, layer.n_inputs)
-        self.products.input_gradient(g, self._used, self._input_gradient)
-        return self._input_gradient
+        assert self.gradients is not None
+        rows, (weight_gradient, bias_gradient) = len(x.array), self.gradients
+        products = products_for(rows, self.n_inputs, self.n_outputs)
+        ones = np.ones(rows, dtype=np.float32)
+        calls: list[Call] = [
+            *_back_through(self.activation, out, g),
+            products.weight_gradient(g, x, weight_gradient),
+            (np.dot, (ones, g.array, bias_gradient.array)),
+        ]
+        weight = self.weight
+        if noisy and self.noise is not None:
+            calls += self.noise.back(weight_gradient.array, bias_gradient.array)
+            weight = self.noise.weight
+        return calls if to is None else [*calls, products.input_gradient(g, weight, to)]
 
 
 class _Chain:
-    """Layers one behind the other."""
+    """Layers one behind the other, on given inputs."""
 
-    def __init__(self, layers: Sequence[Layer], rows: int) -> None:
-        self.passes = [LayerPass(layer, rows) for layer in layers]
+    def __init__(self, layers: Sequence[Layer], x: Both, noisy: bool) -> None:
+        self._layers, self._noisy = layers, noisy
+        self._between = [x]
+        self.forward: list[Call] = []
+        for layer in layers:
+            out, calls = layer.forward(self._between[-1], noisy)
+            self._between.append(out)
+            self.forward += calls
+        self.out = self._between[-1]
 
-    def forward(self, x: Both) -> Both:
-        for one in self.passes:
-            x = one.forward(x)
-        return x
-
-    def backward(self, g: Both, to_inputs: bool) -> Both | None:
-        inputs: Both | None = g
-        for number in range(len(self.passes) - 1, -1, -1):
-            assert inputs is not None
-            inputs = self.passes[number].backward(inputs, to_inputs or number > 0)
-        return inputs
+    def backward(self, g: Both, to: Both | None) -> list[Call]:
+        """The calls that write the gradients of the parameters; parameters as in :meth:`Layer.backward`."""
+        calls: list[Call] = []
+        for number in range(len(self._layers) - 1, -1, -1):
+            x, out = self._between[number : number + 2]
+            inputs = to if number == 0 else empty(*x.array.shape)
+            calls += self._layers[number].backward(x, out, g, self._noisy, inputs)
+            if inputs is not None:
+                g = inputs
+        return calls
 
 
 class DenseNetwork:
@@ -242,6 +220,7 @@ class DenseNetwork:
     """
 
     def __init__(self, modules: Sequence[nn.Module], trains: bool) -> None:
+        self.trains = trains
         self.streams: tuple[list[Layer], list[Layer]] | None = None
         if isinstance(modules[-1], DuelingStreams):
             streams = modules[-1]
@@ -251,38 +230,38 @@ class DenseNetwork:
         else:
             self.trunk = _layers(modules, trains)
         layers = [*self.trunk, *(self.streams[0] if self.streams else []), *(self.streams[1] if self.streams else [])]
-        self.noisy = [layer for layer in layers if layer.noise is not None]
         self.n_outputs = int(np.prod(self.shape)) if self.streams else layers[-1].n_outputs
-        self._passes: dict[int, NetworkPass] = {}
+        first = layers[0] if self.streams is None or self.trunk else self.streams[0][0]
+        self.n_inputs = first.n_inputs
+        noises = [layer.noise for layer in layers if layer.noise is not None]
+        self.noisy = bool(noises)
+        self._draw = [call for noise in noises for call in noise.draw]
+        self._bring_to_weights = [call for noise in noises for call in noise.bring_to_weights]
+        self._passes: dict[tuple[int, bool], NetworkPass] = {}
 
-    def passing(self, rows: int) -> "NetworkPass":
-        """A pass for so many rows."""
-        if rows not in self._passes:
+    def passing(self, rows: int, noisy: bool) -> "NetworkPass":
+        """A pass for so many rows.
+
+        :param rows: ``B``
+        :param noisy: whether noisy layers have noise
+        """
+        one = self._passes.get((rows, noisy))
+        if one is None:
             while len(self._passes) >= _PASSES_KEPT:
                 del self._passes[next(iter(self._passes))]
-            self._passes[rows] = NetworkPass(self, rows)
-        return self._passes[rows]
+            one = self._passes[rows, noisy] = NetworkPass(self, rows, noisy)
+        return one
 
-    def draw_noise(self, in_weights: bool = True) -> None:
+    def draw_noise(self, rows: int, trains: bool) -> None:
         """Have other noise from now on.
 
-        :param in_weights: bring it to the weights, as training needs it; if not, it is brought to inputs and outputs
+        :param rows: of the passes that it is for
+        :param trains: whether :meth:`NetworkPass.backward` will be called
         """
-        for layer in self.noisy:
-            assert layer.noise is not None
-            layer.noise.draw()
-            if in_weights:
-                layer.noise.bring_to(layer.weight, layer.bias)
-            layer.with_noise = True
-
-    def clear_noise(self) -> None:
-        """Have no noise from now on."""
-        for layer in self.noisy:
-            layer.with_noise = False
-
-
-# Numbers of rows of which memory is kept
-_PASSES_KEPT = 16
+        if self.noisy:
+            run(self._draw)
+            if trains or rows > _FEW_ROWS:
+                run(self._bring_to_weights)
 
 
 class NetworkPass:
@@ -290,51 +269,77 @@ class NetworkPass:
 
     :param network: the network
     :param rows: ``B``
+    :param noisy: whether noisy layers have noise
+
+    It reads ``x``, ``(B, n_inputs)``, and writes ``out``, ``(B, A * K)``. To train, put the gradient of ``out`` into
+    ``gradient`` after :meth:`forward`, which :meth:`backward` overwrites.
     """
 
-    def __init__(self, network: DenseNetwork, rows: int) -> None:
-        self.few_rows = rows <= _FEW_ROWS
-        self._trunk = _Chain(network.trunk, rows)
-        self._streams: tuple[_Chain, _Chain] | None = None
-        if network.streams is not None:
-            self._streams = (_Chain(network.streams[0], rows), _Chain(network.streams[1], rows))
-            n_actions, n_outputs = network.shape
-            self._out, self._advantage = empty(rows, n_actions * n_outputs), empty(rows, n_actions * n_outputs)
-            self._value = empty(rows, n_outputs)
-            self._view = (rows, n_actions, n_outputs)
+    def __init__(self, network: DenseNetwork, rows: int, noisy: bool) -> None:
+        self.x = empty(rows, network.n_inputs)
+        trunk = _Chain(network.trunk, self.x, noisy)
+        streams = [_Chain(layers, trunk.out, noisy) for layers in network.streams or ()]
+        self._forward = [*trunk.forward, *(call for stream in streams for call in stream.forward)]
+        self.out = trunk.out
+        if streams:
+            self.out = empty(rows, network.n_outputs)
+            self._forward += _combine(streams[0].out.array, streams[1].out.array, self.out.array, network.shape)
+        self.gradient, self._backward = self.out, []
+        if network.trains:
+            self.gradient = empty(rows, network.n_outputs)
+            self._backward = self._make_backward(network, trunk, streams)
 
-    def forward(self, x: Both) -> Both:
-        """``(B, n_inputs)`` to ``(B, A * K)``, in memory that the next call overwrites."""
-        h = self._trunk.forward(x)
-        if self._streams is None:
-            return h
-        value, advantage = (stream.forward(h).array for stream in self._streams)
-        advantages = advantage.reshape(self._view)
-        out = self._out.array.reshape(self._view)
-        np.add(advantages, (value - advantages.mean(axis=1))[:, None], out=out)
-        return self._out
+    def _make_backward(self, network: DenseNetwork, trunk: _Chain, streams: list[_Chain]) -> list[Call]:
+        if not streams:
+            return trunk.backward(self.gradient, to=None)
+        of_outs = [empty(*stream.out.array.shape) for stream in streams]
+        calls = _combine_back(self.gradient.array, of_outs[0].array, of_outs[1].array, network.shape)
+        goes_on = bool(network.trunk)
+        to = [empty(*trunk.out.array.shape) if goes_on else None for _ in streams]
+        for stream, gradient, inputs in zip(streams, of_outs, to, strict=True):
+            calls += stream.backward(gradient, inputs)
+        first, second = to
+        if first is not None and second is not None:
+            calls += [(np.add, (first.array, second.array, first.array)), *trunk.backward(first, to=None)]
+        return calls
 
-    def backward(self, g: Both) -> None:
-        """Write the gradients of all parameters, after :meth:`forward`.
+    def forward(self, observations: npt.NDArray[Any]) -> Floats:
+        """Outputs, ``(B, A * K)``, in memory that the next call overwrites.
 
-        :param g: the gradient of the outputs, ``(B, A * K)``, which is overwritten
+        :param observations: ``(B, n_inputs)``, of any dtype
         """
-        if self._streams is None:
-            self._trunk.backward(g, to_inputs=False)
-            return
-        gradients = g.array.reshape(self._view)
-        gradients.sum(axis=1, out=self._value.array)
-        mean = self._value.array / np.float32(self._view[1])
-        np.subtract(gradients, mean[:, None], out=self._advantage.array.reshape(self._view))
-        to_inputs = bool(self._trunk.passes)
-        value_stream, advantage_stream = self._streams
-        of_value = value_stream.backward(self._value, to_inputs)
-        of_advantage = advantage_stream.backward(self._advantage, to_inputs)
-        if to_inputs:
-            assert of_value is not None
-            assert of_advantage is not None
-            np.add(of_value.array, of_advantage.array, out=of_value.array)
-            self._trunk.backward(of_value, to_inputs=False)
+        np.copyto(self.x.array, observations, casting="unsafe")
+        for function, arguments in self._forward:
+            function(*arguments)
+        return self.out.array
+
+    def backward(self) -> None:
+        """Write the gradients of all parameters."""
+        for function, arguments in self._backward:
+            function(*arguments)
+
+
+def _combine(value: Floats, advantage: Floats, out: Floats, shape: tuple[int, int]) -> list[Call]:
+    r"""Dueling: :math:`V + A_a - \frac{1}{|A|} \sum_{a'} A_{a'}`."""
+    by_action = (len(out), *shape)
+    advantages, outs, offset = advantage.reshape(by_action), out.reshape(by_action), np.empty_like(value)
+    return [
+        (np.add.reduce, (advantages, 1, None, offset)),
+        (np.multiply, (offset, np.float32(-1 / shape[0]), offset)),
+        (np.add, (offset, value, offset)),
+        (np.add, (advantages, offset[:, None], outs)),
+    ]
+
+
+def _combine_back(g: Floats, of_value: Floats, of_advantage: Floats, shape: tuple[int, int]) -> list[Call]:
+    """Gradients of the streams' outputs."""
+    by_action = (len(g), *shape)
+    gradients, mean = g.reshape(by_action), np.empty_like(of_value)
+    return [
+        (np.add.reduce, (gradients, 1, None, of_value)),
+        (np.multiply, (of_value, np.float32(1 / shape[0]), mean)),
+        (np.subtract, (gradients, mean[:, None], of_advantage.reshape(by_action))),
+    ]
 
 
 def linear_layers(modules: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, type[nn.Module] | None]]:
@@ -357,9 +362,3 @@ def _layers(modules: Sequence[nn.Module], trains: bool) -> list[Layer]:
         assert isinstance(module, nn.Linear | NoisyLinear)
         layers.append(Layer(module, None if activation is None else ACTIVATIONS[activation], trains))
     return layers
-
-
-def as_inputs(array: Any) -> Both:
-    """Observations as the first layer takes them: ``(B, ...)`` to ``(B, n_inputs)``, float32."""
-    flat = array.reshape(len(array), -1)
-    return both_of_array(np.ascontiguousarray(flat, dtype=np.float32))

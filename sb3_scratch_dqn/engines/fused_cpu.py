@@ -13,10 +13,12 @@ calls as possible:
   Other heads get it from autograd, for their few outputs only.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
@@ -24,16 +26,16 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
-from sb3_scratch_dqn.engines.dense import ACTIVATIONS, DenseNetwork, as_inputs, linear_layers
+from sb3_scratch_dqn.engines.dense import ACTIVATIONS, DenseNetwork, linear_layers
 from sb3_scratch_dqn.engines.flat import FlatParameters, why_no_adam
-from sb3_scratch_dqn.engines.products import Both, Floats, both, both_of_array, empty
+from sb3_scratch_dqn.engines.products import Floats
 from sb3_scratch_dqn.engines.update import LastUpdate
 from sb3_scratch_dqn.heads import ExpectedHead, ValueHead, huber, squared
 from sb3_scratch_dqn.networks import DuelingStreams, QNetwork
 from sb3_scratch_dqn.noisy import NoisyLinear
 from sb3_scratch_dqn.overriding import replaced
 from sb3_scratch_dqn.policies import DQNPolicy
-from sb3_scratch_dqn.replay import Batch, BatchSource
+from sb3_scratch_dqn.replay import ArrayBatch, BatchSource
 from sb3_scratch_dqn.td import Objective, at_actions, make_target
 
 # Transitions whose targets are computed in one go: many enough to hide what calls cost, few enough for the caches
@@ -43,9 +45,9 @@ _ONE = np.float32(1)
 _HALF = np.float32(0.5)
 
 
-def _huber_derivative(delta: Floats) -> Floats:
-    derivative: Floats = np.maximum(np.minimum(delta, _ONE), -_ONE)
-    return derivative
+def _huber_derivative(delta: Floats, out: Floats) -> None:
+    np.minimum(delta, _ONE, out=out)
+    np.maximum(out, -_ONE, out=out)
 
 
 def _huber_loss(delta: Floats, derivative: Floats) -> Floats:
@@ -54,10 +56,10 @@ def _huber_loss(delta: Floats, derivative: Floats) -> Floats:
     return loss
 
 
-# The derivative at each delta, and the loss given both
-_LOSSES: dict[Any, tuple[Callable[[Floats], Floats], Callable[[Floats, Floats], Floats]]] = {
+# What writes the derivative at each delta, and the loss given both
+_LOSSES: dict[Any, tuple[Callable[[Floats, Floats], object], Callable[[Floats, Floats], Floats]]] = {
     huber: (_huber_derivative, _huber_loss),
-    squared: (lambda delta: delta + delta, lambda delta, derivative: _HALF * derivative * delta),
+    squared: (lambda delta, out: np.add(delta, delta, out), lambda delta, derivative: _HALF * derivative * delta),
 }
 
 
@@ -156,36 +158,36 @@ class FusedEngine:
         if self._flat is None:
             self._attach()
         assert self._flat is not None
+        flat, learner, batch_size = self._flat, self._learner, source.batch_size
         # With noise, the target network is another one in each step
         ahead = source.ahead and not self._online.noisy
-        at_once = max(1, _ROWS_AT_ONCE // source.batch_size) if ahead else 1
+        at_once = max(1, _ROWS_AT_ONCE // batch_size) if ahead else 1
         losses: list[float] = []
         norm = 0.0
         for begin in range(0, gradient_steps, at_once):
             n_batches = min(at_once, gradient_steps - begin)
-            self._online.draw_noise()
-            self._target.draw_noise()
-            batches = self._learner.prepared(source.draw(n_batches), n_batches)
-            for batch in batches:
-                loss, priorities = self._learner.backward(batch)
+            self._online.draw_noise(batch_size, trains=True)
+            self._target.draw_noise(batch_size, trains=False)
+            batches = source.draw_arrays(n_batches)
+            learner.prepare(batches, n_batches)
+            for number in range(n_batches):
+                loss, priorities = learner.backward(number)
                 losses.append(loss)
                 norm = self._clip(max_grad_norm)
-                self._flat.adam_step()
-                if batch.transitions is not None:
-                    source.give_back(batch.transitions, priorities)
-        self._online.clear_noise()
-        self._target.clear_noise()
+                flat.adam_step()
+                if not ahead:
+                    source.give_back(batches, priorities)
         if losses:
-            self.last_update = LastUpdate(self.policy.head, *self._learner.last(), th.tensor(norm))
+            self.last_update = LastUpdate(self.policy.head, *learner.last(), th.tensor(norm))
         return losses
 
     def _clip(self, max_norm: float) -> float:
         assert self._flat is not None
         gradient = self._flat.gradient.array
-        norm = float(np.sqrt(np.dot(gradient, gradient)))
+        norm = math.sqrt(np.dot(gradient, gradient))
         coefficient = max_norm / (norm + 1e-6)
         if coefficient < 1:
-            np.multiply(gradient, np.float32(coefficient), out=gradient)
+            np.multiply(gradient, np.float32(coefficient), gradient)
         return norm
 
     def act(self, observation: Any) -> Any:
@@ -196,16 +198,10 @@ class FusedEngine:
         """
         if self._flat is None:
             self._attach()
-        inputs = self._inputs(observation)
-        rows = len(inputs.array)
-        one = self._online.passing(rows)
-        if self._online.noisy:
-            self._online.draw_noise(in_weights=not one.few_rows)
-            outputs = one.forward(inputs)
-            self._online.clear_noise()
-        else:
-            outputs = one.forward(inputs)
-        return self._learner.greedy(outputs)
+        online, inputs = self._online, self._inputs(observation)
+        rows = len(inputs)
+        online.draw_noise(rows, trains=False)
+        return self._learner.greedy(online.passing(rows, online.noisy).forward(inputs))
 
     def move_target(self, tau: float) -> None:
         """Let the target network follow.
@@ -218,54 +214,53 @@ class FusedEngine:
         self._flat.move_target(tau)
 
 
-def _make_inputs(policy: DQNPolicy) -> Callable[[Any], Both]:
-    """What turns observations, arrays or tensors, into what the first layer reads."""
+# Observations, as they lie in an array, -> (B, n_inputs), of any dtype
+Inputs = Callable[[Any], npt.NDArray[Any]]
+
+
+def _make_inputs(policy: DQNPolicy) -> Inputs:
+    """What turns observations into what the first layer reads."""
     space, normalize = policy.observation_space, policy.q_net.normalize_images
     if isinstance(space, spaces.Box) and not (normalize and is_image_space(space)):
-        return lambda observation: as_inputs(np.asarray(observation))
+        if len(space.shape) == 1:
+            return lambda observation: observation
+        return lambda observation: observation.reshape(len(observation), -1)
 
-    def inputs(observation: Any) -> Both:
+    def inputs(observation: Any) -> npt.NDArray[Any]:
         tensor = preprocess_obs(th.as_tensor(observation), space, normalize_images=normalize)
         assert isinstance(tensor, th.Tensor)
-        return as_inputs(tensor.numpy())
+        return tensor.reshape(len(observation), -1).numpy()
 
     return inputs
-
-
-class _Prepared:
-    """A batch and what could be computed of it before.
-
-    :param transitions: the batch; ``None`` where nobody wants to know its priorities
-    :param x: its observations, as the first layer reads them
-    :param target: of each transition, or what it is to be made of
-    :param actions: that were taken, ``(B,)``
-    :param weights: of the losses, ``(B,)``
-    """
-
-    __slots__ = ("actions", "target", "transitions", "weights", "x")
-
-    def __init__(self, transitions: Batch | None, x: Both, target: Any, actions: Any = None, weights: Any = None):
-        self.transitions = transitions
-        self.x = x
-        self.target = target
-        self.actions = actions
-        self.weights = weights
 
 
 class _Learner(Protocol):
     """Computes gradients."""
 
-    def prepared(self, batches: Batch, n_batches: int) -> list[_Prepared]:
-        """Cut batches apart, and compute what does not depend on the online network."""
+    def prepare(self, batches: ArrayBatch, n_batches: int) -> None:
+        """Get batches, and compute what does not depend on the online network."""
 
-    def backward(self, batch: _Prepared) -> tuple[float, th.Tensor]:
-        """Write the gradient of the parameters; return the mean loss, and the priorities, ``(B,)``."""
+    def backward(self, number: int) -> tuple[float, th.Tensor]:
+        """Write the gradient of the parameters, for one of the batches.
+
+        :param number: of the batch, from 0
+        :return: the mean loss, and the priorities, ``(B,)``
+        """
 
     def last(self) -> tuple[th.Tensor, th.Tensor]:
         """Outputs at the actions taken, ``(B, K)``, and targets, of the last call of :meth:`backward`."""
 
-    def greedy(self, outputs: Both) -> Any:
+    def greedy(self, outputs: Floats) -> Any:
         """The best action of each row of outputs, ``(B, A * K)``."""
+
+
+class _Memory(NamedTuple):
+    """What :class:`_ExpectedLearner` needs for batches of one size."""
+
+    first_of_row: npt.NDArray[np.int64]  # where each row of outputs begins
+    predicted: Floats
+    delta: Floats
+    derivative: Floats
 
 
 class _ExpectedLearner:
@@ -279,80 +274,64 @@ class _ExpectedLearner:
     """
 
     def __init__(
-        self,
-        online: DenseNetwork,
-        target: DenseNetwork,
-        inputs: Callable[[Any], Both],
-        head: ValueHead,
-        objective: Objective,
+        self, online: DenseNetwork, target: DenseNetwork, inputs: Inputs, head: ValueHead, objective: Objective
     ) -> None:
         self._online, self._target, self._inputs = online, target, inputs
         self._derivative, self._loss = _LOSSES[objective.loss]
         self._double_q = objective.double_q
-        self._rows: dict[int, tuple[Both, Any]] = {}
+        self._memory: dict[int, _Memory] = {}
 
-    def prepared(self, batches: Batch, n_batches: int) -> list[_Prepared]:
-        """Cut batches apart; all of their targets, or with double Q-learning all that the target network says."""
-        x, next_x = self._inputs(batches.observations), self._inputs(batches.next_observations)
-        values = self._target.passing(len(next_x.array)).forward(next_x).array
-        actions, weights = batches.actions.numpy(), batches.weights.numpy()
-        returns, discounts = batches.returns.numpy(), batches.discounts.numpy()
-        masks = None if batches.next_action_masks is None else batches.next_action_masks.numpy()
-        if not self._double_q:
-            targets = returns + discounts * _allowed(values, masks).max(axis=1)
-            if n_batches == 1:
-                return [_Prepared(batches, x, targets, actions, weights)]
-            size = len(actions) // n_batches
-            parts = [slice(begin, begin + size) for begin in range(0, len(actions), size)]
-            return [_Prepared(None, _part(x, part), targets[part], actions[part], weights[part]) for part in parts]
-        size = len(actions) // n_batches
-        prepared = []
-        for begin in range(0, len(actions), size):
-            part = slice(begin, begin + size)
-            pieces = (
-                _part(next_x, part),
-                values[part],
-                None if masks is None else masks[part],
-                returns[part],
-                discounts[part],
-            )
-            transitions = batches if n_batches == 1 else None
-            prepared.append(_Prepared(transitions, _part(x, part), pieces, actions[part], weights[part]))
-        return prepared
-
-    def backward(self, batch: _Prepared) -> tuple[float, th.Tensor]:
-        """Write the gradient of the parameters; return the mean loss, and the priorities, ``(B,)``."""
-        n = len(batch.actions)
-        one = self._online.passing(n)
-        if n not in self._rows:
-            n_actions = one.forward(batch.x).array.shape[1]
-            self._rows[n] = empty(n, n_actions), np.arange(n) * n_actions
-        gradient, first_of_row = self._rows[n]
-        target = batch.target
+    def prepare(self, batches: ArrayBatch, n_batches: int) -> None:
+        """Compute all targets; with double Q-learning all that the target network says."""
+        self._batches, self._size = batches, len(batches.actions) // n_batches
+        self._x, self._next_x = self._inputs(batches.observations), self._inputs(batches.next_observations)
+        values = self._target.passing(len(batches.actions), self._target.noisy).forward(self._next_x)
         if self._double_q:
-            next_x, values, masks, returns, discounts = target
-            best = _allowed(one.forward(next_x).array, masks).argmax(axis=1)
-            target = returns + discounts * values.reshape(-1).take(first_of_row + best)
-        outputs = one.forward(batch.x).array.reshape(-1)
-        taken = first_of_row + batch.actions
-        predicted = outputs.take(taken)
-        delta = predicted - target
-        derivative = self._derivative(delta)
-        loss = np.dot(batch.weights, self._loss(delta, derivative)) / n
-        gradient.array.fill(0)
-        gradient.array.reshape(-1)[taken] = derivative * batch.weights * np.float32(1 / n)
-        one.backward(gradient)
+            self._values = values
+        else:
+            best = _allowed(values, batches.next_action_masks).max(axis=1)
+            self._targets = batches.returns + batches.discounts * best
+        if self._size not in self._memory:
+            size, n_actions = self._size, values.shape[1]
+            floats = [np.empty(size, dtype=np.float32) for _ in range(3)]
+            self._memory[size] = _Memory(np.arange(size) * n_actions, *floats)
+
+    def backward(self, number: int) -> tuple[float, th.Tensor]:
+        """Write the gradient of the parameters; return the mean loss, and the priorities, ``(B,)``."""
+        batches, size = self._batches, self._size
+        part = slice(number * size, (number + 1) * size)
+        one = self._online.passing(size, self._online.noisy)
+        first_of_row, predicted, delta, derivative = self._memory[size]
+        if self._double_q:
+            masks = None if batches.next_action_masks is None else batches.next_action_masks[part]
+            best = _allowed(one.forward(self._next_x[part]), masks).argmax(axis=1)
+            next_values = self._values[part].reshape(-1).take(first_of_row + best)
+            target = batches.returns[part] + batches.discounts[part] * next_values
+        else:
+            target = self._targets[part]
+        taken = first_of_row + batches.actions[part]
+        one.forward(self._x[part]).reshape(-1).take(taken, None, predicted, "clip")
+        np.subtract(predicted, target, delta)
+        self._derivative(delta, derivative)
+        losses = self._loss(delta, derivative)
+        weights = batches.weights[part]
+        np.multiply(derivative, weights, derivative)
+        np.multiply(derivative, np.float32(1 / size), derivative)
+        gradient = one.gradient.array
+        gradient.fill(0)
+        gradient.reshape(-1)[taken] = derivative
+        one.backward()
         self._last = predicted, target
-        return float(loss), th.from_numpy(np.abs(delta))
+        return float(np.dot(weights, losses)) / size, th.from_numpy(np.abs(delta))
 
     def last(self) -> tuple[th.Tensor, th.Tensor]:
         """Outputs at the actions taken, ``(B, 1)``, and targets, ``(B,)``."""
         predicted, target = self._last
         return th.from_numpy(predicted).unsqueeze(1), th.from_numpy(target)
 
-    def greedy(self, outputs: Both) -> Any:
+    def greedy(self, outputs: Floats) -> Any:
         """The best action of each row."""
-        return outputs.array.argmax(axis=1)
+        return outputs.argmax(axis=1)
 
 
 def _allowed(values: Floats, masks: Any) -> Floats:
@@ -360,22 +339,18 @@ def _allowed(values: Floats, masks: Any) -> Floats:
     return values if masks is None else np.where(masks, values, np.float32(-np.inf))
 
 
-def _part(whole: Both, part: slice) -> Both:
-    return both_of_array(whole.array[part])
-
-
 class _NetworkForTargets:
     """A network as the targets in :mod:`sb3_scratch_dqn.td` want it."""
 
-    def __init__(self, network: DenseNetwork, inputs: Callable[[Any], Both], head: ValueHead, n_actions: int) -> None:
+    def __init__(self, network: DenseNetwork, inputs: Inputs, head: ValueHead, n_actions: int) -> None:
         self._network, self._inputs, self._head = network, inputs, head
         self._view = (-1, n_actions, head.n_outputs)
 
     def target_outputs(self, obs: PyTorchObs) -> th.Tensor:
         """Observations -> ``(B, A, K)``."""
-        x = self._inputs(obs)
-        # The pass will write over it
-        return self._network.passing(len(x.array)).forward(x).tensor.view(self._view).clone()
+        assert isinstance(obs, th.Tensor)
+        outputs = self._network.passing(len(obs), self._network.noisy).forward(self._inputs(obs.numpy()))
+        return th.from_numpy(outputs.copy()).view(self._view)  # the pass will write over it
 
     def values_given(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
         """Action values, ``(B, A)``, where the outputs of these observations are at hand."""
@@ -390,45 +365,37 @@ class _HeadLearner:
     """Any targets, and heads whose loss autograd knows the gradient of; parameters as in :class:`_ExpectedLearner`."""
 
     def __init__(
-        self,
-        online: DenseNetwork,
-        target: DenseNetwork,
-        inputs: Callable[[Any], Both],
-        head: ValueHead,
-        objective: Objective,
+        self, online: DenseNetwork, target: DenseNetwork, inputs: Inputs, head: ValueHead, objective: Objective
     ) -> None:
         self._online, self._inputs, self._head, self._loss = online, inputs, head, objective.loss
-        self._n_actions = online.n_outputs // head.n_outputs
-        deciding, valuing = (_NetworkForTargets(network, inputs, head, self._n_actions) for network in (online, target))
+        self._view = (-1, online.n_outputs // head.n_outputs, head.n_outputs)
+        deciding, valuing = (_NetworkForTargets(one, inputs, head, self._view[1]) for one in (online, target))
         self._target_of = make_target(objective, deciding, valuing, head)
         self._at_once = not objective.double_q
 
-    def prepared(self, batches: Batch, n_batches: int) -> list[_Prepared]:
-        """Cut batches apart; all of their targets, unless the online network chooses the next actions."""
-        parts = batches.split(n_batches)
-        targets: list[Any] = [None] * n_batches
+    def prepare(self, batches: ArrayBatch, n_batches: int) -> None:
+        """Compute all targets, unless the online network has a say in them."""
+        tensors = batches.tensors(th.device("cpu"))
+        self._batches = tensors.split(n_batches)
+        self._targets: tuple[th.Tensor, ...] | None = None
         if self._at_once and n_batches > 1:
-            target = self._target_of(batches)
-            targets = list(th.split(target, len(target) // n_batches))
-        return [
-            _Prepared(part, self._inputs(part.observations), target)
-            for part, target in zip(parts, targets, strict=True)
-        ]
+            self._targets = th.split(self._target_of(tensors), len(tensors.actions) // n_batches)
 
-    def backward(self, batch: _Prepared) -> tuple[float, th.Tensor]:
+    def backward(self, number: int) -> tuple[float, th.Tensor]:
         """Write the gradient of the parameters; return the mean loss, and the priorities, ``(B,)``."""
-        transitions = batch.transitions
-        assert transitions is not None
-        target = self._target_of(transitions) if batch.target is None else batch.target
-        one = self._online.passing(len(transitions.actions))
-        outputs = one.forward(batch.x).tensor.view(-1, self._n_actions, self._head.n_outputs)
-        taken = at_actions(outputs, transitions.actions).requires_grad_()
+        batch = self._batches[number]
+        target = self._target_of(batch) if self._targets is None else self._targets[number]
+        one = self._online.passing(len(batch.actions), self._online.noisy)
+        assert isinstance(batch.observations, th.Tensor)
+        one.forward(self._inputs(batch.observations.numpy()))
+        taken = at_actions(one.out.tensor.view(self._view), batch.actions).requires_grad_()
         losses, priorities = self._head.losses(taken, target, self._loss)
-        loss = (transitions.weights * losses).mean()
+        loss = (batch.weights * losses).mean()
         (of_taken,) = th.autograd.grad(loss, taken)
-        gradient = th.zeros_like(outputs)
-        gradient.scatter_(1, transitions.actions.view(-1, 1, 1).expand(-1, 1, outputs.shape[2]), of_taken.unsqueeze(1))
-        one.backward(both(gradient.view(len(gradient), -1)))
+        gradient = one.gradient.tensor.zero_().view(self._view)
+        index = batch.actions.view(-1, 1, 1).expand(-1, 1, self._view[2])
+        gradient.scatter_(1, index, of_taken.unsqueeze(1))
+        one.backward()
         self._last = taken.detach(), target
         return loss.item(), priorities
 
@@ -436,7 +403,6 @@ class _HeadLearner:
         """Outputs at the actions taken, ``(B, K)``, and targets."""
         return self._last
 
-    def greedy(self, outputs: Both) -> Any:
+    def greedy(self, outputs: Floats) -> Any:
         """The best action of each row."""
-        values = self._head.q_values(outputs.tensor.view(-1, self._n_actions, self._head.n_outputs))
-        return values.argmax(dim=1).numpy()
+        return self._head.q_values(th.from_numpy(outputs).view(self._view)).argmax(dim=1).numpy()

@@ -11,7 +11,7 @@ them: its outputs ``x w^T``, the gradient of its weights ``g^T x``, and that of 
 
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,72 +39,64 @@ def both(tensor: th.Tensor) -> Both:
     return Both(tensor.numpy(), tensor)
 
 
-def both_of_array(array: Floats) -> Both:
-    """Show an array to both libraries."""
-    return Both(array, th.from_numpy(array))
-
-
 def empty(*shape: int) -> Both:
     """Memory with nothing in it yet."""
     return both(th.empty(shape))
 
 
-# (left, right, out): writes left @ right; either may be a transposed view
-Product = Callable[[Both, Both, Both], object]
+# A call that is made over and over with the same arguments
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+# (left, right, out) -> the call that writes the product
+Product = Callable[[Both, Both, Both], Call]
+
+# (x, w, bias, out) -> the calls that write the product and add the bias
+Outputs = Callable[[Both, Both, Both, Both], list[Call]]
 
 
-def _numpy_outputs(x: Both, w: Both, out: Both) -> None:
-    np.dot(x.array, w.array.T, out=out.array)
-
-
-def _numpy_weight_gradient(g: Both, x: Both, out: Both) -> None:
-    np.dot(g.array.T, x.array, out=out.array)
-
-
-def _numpy_input_gradient(g: Both, w: Both, out: Both) -> None:
-    np.dot(g.array, w.array, out=out.array)
-
-
-def _torch_outputs(x: Both, w: Both, out: Both) -> None:
-    th.mm(x.tensor, w.tensor.t(), out=out.tensor)
-
-
-def _torch_weight_gradient(g: Both, x: Both, out: Both) -> None:
-    th.mm(g.tensor.t(), x.tensor, out=out.tensor)
-
-
-def _torch_input_gradient(g: Both, w: Both, out: Both) -> None:
-    th.mm(g.tensor, w.tensor, out=out.tensor)
-
-
-def _onednn(left: th.Tensor, right_transposed: th.Tensor) -> th.Tensor:
-    product: th.Tensor = th.ops.mkldnn._linear_pointwise(left, right_transposed, None, "none", [], None)
-    return product
-
-
-def _onednn_outputs(x: Both, w: Both, out: Both) -> None:
-    out.tensor.copy_(_onednn(x.tensor, w.tensor))
-
-
-def _onednn_weight_gradient(g: Both, x: Both, out: Both) -> None:
-    out.tensor.copy_(_onednn(g.tensor.t(), x.tensor.t()))
-
-
-def _onednn_input_gradient(g: Both, w: Both, out: Both) -> None:
-    out.tensor.copy_(_onednn(g.tensor, w.tensor.t()))
+def run(calls: list[Call]) -> None:
+    """Make some calls."""
+    for function, arguments in calls:
+        function(*arguments)
 
 
 class Products(NamedTuple):
-    """The three products of a layer."""
+    """The three products of a layer: :math:`x w^T + b`, :math:`g^T x` and :math:`g w`."""
 
-    outputs: Product
+    outputs: Outputs
     weight_gradient: Product
     input_gradient: Product
 
 
-NUMPY = Products(_numpy_outputs, _numpy_weight_gradient, _numpy_input_gradient)
-TORCH = Products(_torch_outputs, _torch_weight_gradient, _torch_input_gradient)
-ONEDNN = Products(_onednn_outputs, _onednn_weight_gradient, _onednn_input_gradient)
+def _add(bias: Both, out: Both) -> Call:
+    return np.add, (out.array, bias.array, out.array)
+
+
+NUMPY = Products(
+    lambda x, w, b, out: [(np.dot, (x.array, w.array.T, out.array)), _add(b, out)],
+    lambda g, x, out: (np.dot, (g.array.T, x.array, out.array)),
+    lambda g, w, out: (np.dot, (g.array, w.array, out.array)),
+)
+
+# A product of one row is one with a vector, for which NumPy has a shorter way
+NUMPY_ROW = NUMPY._replace(outputs=lambda x, w, b, out: [(np.dot, (w.array, x.array[0], out.array[0])), _add(b, out)])
+
+TORCH = Products(
+    lambda x, w, b, out: [(partial(th.addmm, out=out.tensor), (b.tensor, x.tensor, w.tensor.t()))],
+    lambda g, x, out: (partial(th.mm, out=out.tensor), (g.tensor.t(), x.tensor)),
+    lambda g, w, out: (partial(th.mm, out=out.tensor), (g.tensor, w.tensor)),
+)
+
+
+def _onednn(left: th.Tensor, right_transposed: th.Tensor, bias: th.Tensor | None, out: th.Tensor) -> None:
+    out.copy_(th.ops.mkldnn._linear_pointwise(left, right_transposed, bias, "none", [], None))
+
+
+ONEDNN = Products(
+    lambda x, w, b, out: [(_onednn, (x.tensor, w.tensor, b.tensor, out.tensor))],
+    lambda g, x, out: (_onednn, (g.tensor.t(), x.tensor.t(), None, out.tensor)),
+    lambda g, w, out: (_onednn, (g.tensor, w.tensor.t(), None, out.tensor)),
+)
 
 
 def products_for(rows: int, n_inputs: int, n_outputs: int) -> Products:
@@ -115,7 +107,7 @@ def products_for(rows: int, n_inputs: int, n_outputs: int) -> Products:
     :param n_outputs: ``N``
     """
     if rows * n_inputs * n_outputs <= _SMALL:
-        return NUMPY
+        return NUMPY_ROW if rows == 1 else NUMPY
     if th.are_deterministic_algorithms_enabled() or not _has_onednn():
         return TORCH
     return _timed(rows, n_inputs, n_outputs, th.get_num_threads())
@@ -124,30 +116,32 @@ def products_for(rows: int, n_inputs: int, n_outputs: int) -> Products:
 @lru_cache(maxsize=1)
 def _has_onednn() -> bool:
     """Whether the way to oneDNN, which PyTorch does not document, is there and computes what it should."""
-    x, w = th.arange(6.0).view(2, 3), th.arange(12.0).view(4, 3)
+    x, w, out = th.arange(6.0).view(2, 3), th.arange(12.0).view(4, 3), th.empty(2, 4)
     try:
-        return th.equal(_onednn(x, w), x @ w.t())
+        _onednn(x, w, None, out)
     except (AttributeError, RuntimeError, TypeError):
         return False
+    return th.equal(out, x @ w.t())
 
 
 @lru_cache(maxsize=256)
 def _timed(rows: int, n_inputs: int, n_outputs: int, _threads: int) -> Products:
-    x, w, g = th.rand(rows, n_inputs), th.rand(n_outputs, n_inputs), th.rand(rows, n_outputs)
-    operands: tuple[tuple[th.Tensor, th.Tensor, tuple[int, ...]], ...] = (
-        (x, w, (rows, n_outputs)),
-        (g, x, (n_outputs, n_inputs)),
-        (g, w, (rows, n_inputs)),
-    )
-    chosen: list[Any] = []
-    for plain, other, (left, right, shape) in zip(TORCH, ONEDNN, operands, strict=True):
-        arguments = (both(left), both(right), empty(*shape))
-        times: dict[Product, list[float]] = {plain: [], other: []}
-        for _ in range(7):  # the first one prepares things
-            for product, taken in times.items():
+    x, w, b = (both(th.rand(shape)) for shape in ((rows, n_inputs), (n_outputs, n_inputs), (n_outputs,)))
+    g, to_w, to_x = (empty(*shape) for shape in ((rows, n_outputs), (n_outputs, n_inputs), (rows, n_inputs)))
+
+    def calls(products: Products) -> list[list[Call]]:
+        gradients = [products.weight_gradient(g, x, to_w)], [products.input_gradient(g, w, to_x)]
+        return [products.outputs(x, w, b, g), *gradients]
+
+    chosen = []
+    for plain, other, ways in zip(TORCH, ONEDNN, zip(calls(TORCH), calls(ONEDNN), strict=True), strict=True):
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(9):
+            for way, taken in zip(ways, times, strict=True):
                 begin = time.perf_counter()
-                product(*arguments)
+                run(way)
                 taken.append(time.perf_counter() - begin)
-        best = {product: min(taken[1:]) for product, taken in times.items()}
-        chosen.append(other if best[other] < _MARGIN * best[plain] else plain)
+        # The first ones prepare things
+        own, others = (min(taken[2:]) for taken in times)
+        chosen.append(other if others < _MARGIN * own else plain)
     return Products(*chosen)

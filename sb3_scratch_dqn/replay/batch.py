@@ -5,12 +5,16 @@ A :class:`Batch` is the only thing the loss sees of the replay. Its leading axis
 ``gamma``, nor ``n_steps``, nor ``dones``.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch as th
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
+
+from sb3_scratch_dqn.replay.observations import Array, Observation
 
 Indices = npt.NDArray[np.integer[Any]]
 
@@ -59,6 +63,45 @@ class Batch(NamedTuple):
             return [part.clone() for part in value.split(size)]
 
         return [Batch(*fields) for fields in zip(*map(parts, self), strict=True)]
+
+
+class ArrayBatch(NamedTuple):
+    """A :class:`Batch` that still lies in arrays, field by field."""
+
+    observations: Observation
+    actions: Array
+    returns: Array
+    discounts: Array
+    next_observations: Observation
+    weights: Array
+    action_masks: Array | None = None
+    next_action_masks: Array | None = None
+    places: tuple[Indices, Indices] | None = None
+
+    def tensors(self, device: th.device) -> Batch:
+        """The same as tensors, on the CPU in the same memory."""
+        if device.type == "cpu":
+            move: Callable[[Array], th.Tensor] = th.from_numpy
+        else:
+            move = partial(th.as_tensor, device=device)
+
+        def moved(value: Any) -> Any:
+            if value is None:
+                return None
+            return {key: move(array) for key, array in value.items()} if isinstance(value, dict) else move(value)
+
+        return Batch(*map(moved, self[:-1]))._replace(places=self.places)
+
+
+def arrays_of(batch: Batch) -> ArrayBatch:
+    """A batch that lies on the CPU as arrays, in the same memory."""
+
+    def array(value: Any) -> Any:
+        if value is None:
+            return None
+        return {key: one.numpy() for key, one in value.items()} if isinstance(value, dict) else value.numpy()
+
+    return ArrayBatch(*map(array, batch[:-1]))._replace(places=batch.places)
 
 
 def batch_from_samples(samples: ReplayBufferSamples | DictReplayBufferSamples, gamma: float) -> Batch:

@@ -13,7 +13,7 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTor
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_scratch_dqn.overriding import replaced
-from sb3_scratch_dqn.replay.batch import Batch, batch_from_samples
+from sb3_scratch_dqn.replay.batch import ArrayBatch, Batch, arrays_of, batch_from_samples
 from sb3_scratch_dqn.replay.frames import StackedFrames, Stacking
 from sb3_scratch_dqn.replay.nstep import Floats, Fold, fold_n_steps, fold_one_step
 from sb3_scratch_dqn.replay.observations import (
@@ -182,22 +182,29 @@ class ScratchReplayBuffer(ReplayBuffer):
         :return: ``B = n_batches * batch_size`` transitions
         :raises ValueError: if the buffer is empty
         """
+        return self.sample_arrays(batch_size, env, gamma, n_batches).tensors(self.device)
+
+    def sample_arrays(
+        self, batch_size: int, env: VecNormalize | None = None, gamma: float | None = None, n_batches: int = 1
+    ) -> ArrayBatch:
+        """Draw what :meth:`sample_batch` would, and leave it in arrays; the parameters are the same."""
+        store = self.store
         rows, envs, weights = self.sampler.draw(self, batch_size, n_batches)
         fold = self._fold(rows, envs, env, self.gamma if gamma is None else gamma)
-        observations, next_observations = self.store.read_both(rows, fold.last_rows, envs)
-        return Batch(
-            observations=self._observation_tensor(observations, env),
-            actions=self._tensor(gather(self.store.actions, rows, envs)[:, 0]).long(),
-            returns=self._tensor(fold.returns),
-            discounts=self._tensor((1 - fold.terminated) * fold.discounts),
-            next_observations=self._observation_tensor(next_observations, env),
-            weights=weights,
-            action_masks=self._mask_tensor(self.store.action_masks, rows, envs),
-            next_action_masks=self._mask_tensor(self.store.next_action_masks, fold.last_rows, envs),
-            places=(rows, envs),
+        observations, next_observations = store.read_both(rows, fold.last_rows, envs)
+        return ArrayBatch(
+            self._normalize_obs(observations, env),
+            gather(store.actions, rows, envs)[:, 0].astype(np.int64, copy=False),
+            fold.returns,
+            (1 - fold.terminated) * fold.discounts,
+            self._normalize_obs(next_observations, env),
+            weights,
+            None if store.action_masks is None else gather(store.action_masks, rows, envs),
+            None if store.next_action_masks is None else gather(store.next_action_masks, fold.last_rows, envs),
+            (rows, envs),
         )
 
-    def update_priorities(self, batch: Batch, priorities: th.Tensor) -> None:
+    def update_priorities(self, batch: Batch | ArrayBatch, priorities: th.Tensor) -> None:
         """Say how much there was to learn from a batch.
 
         :param batch: as :meth:`sample_batch` gave it
@@ -227,6 +234,9 @@ class ScratchReplayBuffer(ReplayBuffer):
     ) -> ReplayBufferSamples | DictReplayBufferSamples:
         fold = self._fold(rows, envs, env, self.gamma)
         observations, next_observations = self.store.read_both(rows, fold.last_rows, envs)
+        discounts = None
+        if isinstance(fold.discounts, np.ndarray):  # SB3 has none where all windows are of one step
+            discounts = self._tensor(fold.discounts[:, None])
         columns: type[Any] = ReplayBufferSamples
         if isinstance(self.observation_space, spaces.Dict):
             columns = DictReplayBufferSamples
@@ -236,7 +246,7 @@ class ScratchReplayBuffer(ReplayBuffer):
             next_observations=self._observation_tensor(next_observations, env),
             dones=self._tensor(fold.terminated[:, None]),
             rewards=self._tensor(fold.returns[:, None]),
-            discounts=self._tensor(fold.discounts[:, None]) if self.n_steps > 1 else None,
+            discounts=discounts,
         )
         return samples
 
@@ -246,9 +256,6 @@ class ScratchReplayBuffer(ReplayBuffer):
             return fold_one_step(self.store, rows, envs, gamma, normalize_reward)
         newest_row = (self.pos - 1) % self.buffer_size
         return fold_n_steps(self.store, rows, envs, gamma, normalize_reward, self.n_steps, newest_row)
-
-    def _mask_tensor(self, masks: Array | None, rows: Array, envs: Array) -> th.Tensor | None:
-        return None if masks is None else self._tensor(gather(masks, rows, envs))
 
     def _tensor(self, array: Array) -> th.Tensor:
         # What was gathered from the store is a copy already
@@ -292,18 +299,20 @@ class BatchSource:
     """Where an engine gets its batches.
 
     :param draw: gives the next ones, as many as it is asked for, one behind the other in one :class:`Batch`
+    :param draw_arrays: the same, as an :class:`ArrayBatch`; on the CPU only
     :param give_back: takes the priorities of the transitions of one batch, ``(B,)``
     :param ahead: whether ``draw`` can be asked for more than one batch at a time, before any priorities are known
     :param batch_size: transitions of one batch
     """
 
     draw: Callable[[int], Batch]
-    give_back: Callable[[Batch, th.Tensor], None]
+    draw_arrays: Callable[[int], ArrayBatch]
+    give_back: Callable[[Batch | ArrayBatch, th.Tensor], None]
     ahead: bool
     batch_size: int
 
 
-def _ignore(batch: Batch, priorities: th.Tensor) -> None:
+def _ignore(batch: Batch | ArrayBatch, priorities: th.Tensor) -> None:
     """Where all transitions are sampled alike, nobody asks for priorities."""
 
 
@@ -316,14 +325,23 @@ def batch_source(buffer: ReplayBuffer, batch_size: int, env: VecNormalize | None
     :param gamma: discount of one step
     """
     if not isinstance(buffer, ScratchReplayBuffer) or _samples_its_own_way(buffer):
-        return BatchSource(
-            lambda _: batch_from_samples(buffer.sample(batch_size, env=env), gamma), _ignore, False, batch_size
-        )
+        foreign = partial(buffer.sample, batch_size, env=env)
+
+        def draw(_: int) -> Batch:
+            return batch_from_samples(foreign(), gamma)
+
+        return BatchSource(draw, lambda _: arrays_of(draw(1)), _ignore, False, batch_size)
     give_back = _ignore if isinstance(buffer.sampler, UniformSampler) else buffer.update_priorities
     if replaced(buffer, ScratchReplayBuffer, "sample_batch"):
-        return BatchSource(lambda _: buffer.sample_batch(batch_size, env, gamma), give_back, False, batch_size)
-    draw = partial(buffer.sample_batch, batch_size, env, gamma)
-    return BatchSource(draw, give_back, not buffer.sampler.learns, batch_size)
+        own = partial(buffer.sample_batch, batch_size, env, gamma)
+        return BatchSource(lambda _: own(), lambda _: arrays_of(own()), give_back, False, batch_size)
+    return BatchSource(
+        partial(buffer.sample_batch, batch_size, env, gamma),
+        partial(buffer.sample_arrays, batch_size, env, gamma),
+        give_back,
+        not buffer.sampler.learns,
+        batch_size,
+    )
 
 
 def check_sampling(buffer: ReplayBuffer, masked: bool) -> None:

@@ -28,13 +28,13 @@ class Fold(NamedTuple):
 
     :param last_rows: the row of the last step of each window
     :param returns: discounted sum of the rewards
-    :param discounts: ``gamma**k``, ``k`` the length of the window
+    :param discounts: ``gamma**k``, ``k`` the length of the window; one number where all are of one step
     :param terminated: 1 where the window ends in a terminal state, 0 elsewhere, truncations included
     """
 
     last_rows: Array
     returns: Floats
-    discounts: Floats
+    discounts: Floats | np.float32
     terminated: Floats
 
 
@@ -49,7 +49,7 @@ def fold_one_step(
     return Fold(
         last_rows=rows,
         returns=normalize_reward(gather(store.rewards, rows, envs)),
-        discounts=np.full(len(rows), gamma, dtype=np.float32),
+        discounts=np.float32(gamma),
         terminated=gather(store.dones, rows, envs) * (1 - gather(store.timeouts, rows, envs)),
     )
 

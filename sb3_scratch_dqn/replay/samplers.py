@@ -23,7 +23,6 @@ class Ring(Protocol):
     buffer_size: int
     n_envs: int
     optimize_memory_usage: bool
-    device: th.device
 
     def size(self) -> int:
         """Rows filled."""
@@ -39,7 +38,7 @@ class Draw(NamedTuple):
 
     rows: Array
     envs: Array
-    weights: th.Tensor
+    weights: Array
 
 
 class Sampler(Protocol):
@@ -100,7 +99,7 @@ class UniformSampler:
         """
         _refuse_empty(buffer)
         size = n_batches * batch_size
-        weights = th.ones(size, device=buffer.device)
+        weights = np.ones(size, dtype=np.float32)
         if buffer.n_envs == 1 or n_batches == 1:
             # One call of NumPy's draws the same numbers as several do
             return Draw(self._draw_rows(buffer, size), self.draw_envs(buffer, size), weights)
@@ -188,7 +187,7 @@ class PrioritizedSampler:
         beta = self.beta_final + self.progress_remaining * (self.beta - self.beta_final)
         weights = (values.min() / values) ** beta
         rows, envs = (places, np.zeros_like(places)) if self.n_envs == 1 else np.divmod(places, self.n_envs)
-        return Draw(rows, envs, th.as_tensor(weights.astype(np.float32), device=buffer.device))
+        return Draw(rows, envs, weights.astype(np.float32))
 
     def draw_envs(self, buffer: Ring, batch_size: int) -> Array:
         """Choose an environment for each of ``batch_size`` transitions, all alike."""
