@@ -369,11 +369,13 @@ class ScratchDQN(LeanRollouts):
         if self._n_updates // _UPDATES_BETWEEN_FIGURES > (self._n_updates - gradient_steps) // _UPDATES_BETWEEN_FIGURES:
             self._log_figures()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/loss", np.mean(losses))
+        # The mean of one number takes NumPy several times as long as all else here
+        self.logger.record("train/loss", losses[0] if len(losses) == 1 else np.mean(losses))
 
     def dump_logs(self) -> None:
         """Write what was logged, and with it how the last update looked."""
-        self._log_figures()
+        if self.logger.output_formats:  # somebody reads it
+            self._log_figures()
         super().dump_logs()
 
     def _log_figures(self) -> None:

@@ -16,8 +16,8 @@ from torch import nn
 from sb3_scratch_dqn.engines.products import both
 from sb3_scratch_dqn.policies import DQNPolicy
 
-# Steps between looks for averages that are too small to matter, and how small that is: in so many steps, at Adam's usual
-# decay of 0.9, they do not get from there to where processors become slow, at 1e-38
+# Steps between looks for averages that are too small to matter, and how small that is: in so many steps, at Adam's
+# usual decay of 0.9, they do not get from there to where processors become slow, at 1e-38
 _FLUSH_EVERY = 128
 _NOTHING = 1e-31
 
@@ -46,6 +46,15 @@ def why_no_adam(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter
     if isinstance(group["lr"], th.Tensor):
         return "the learning rate of the optimizer is a tensor"
     return None
+
+
+def has_own_way(parameter: th.Tensor) -> bool:
+    """Whether somebody froze a parameter, or hung up hooks for its gradient, which only autograd heeds."""
+    return (
+        not parameter.requires_grad
+        or bool(parameter._backward_hooks)
+        or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+    )
 
 
 class FlatParameters:
@@ -87,8 +96,8 @@ class FlatParameters:
         first, second = th.zeros_like(self.parameters), th.zeros_like(self.parameters)
         self._first, self._since_flush = first.numpy(), 0
         # Each parameter has a count of its own, so that Adam itself could go on from here
-        self._steps = th.zeros(len(online))
-        views = zip(online, _views(first, online), _views(second, online), self._steps, strict=True)
+        self._steps = both(th.zeros(len(online)))
+        views = zip(online, _views(first, online), _views(second, online), self._steps.tensor, strict=True)
         for parameter, average, square, step in views:
             state = optimizer.state[parameter]
             if state:
@@ -96,18 +105,18 @@ class FlatParameters:
                 square.copy_(state["exp_avg_sq"])
                 step.copy_(th.as_tensor(state["step"]))
             state.update(step=step, exp_avg=average, exp_avg_sq=square)
-        if bool((self._steps == self._steps[0]).all()):
+        if bool((self._steps.array == self._steps.array[0]).all()):
             arguments: tuple[Any, ...] = (
                 [self.parameters],
                 [self.gradient.tensor],
                 [first],
                 [second],
                 [],
-                [self._steps[0]],
+                [self._steps.tensor[0]],
             )
         else:  # somebody trained a part of the network alone
             parts = [list(_views(flat, online)) for flat in (self.parameters, self.gradient.tensor, first, second)]
-            arguments = (*parts, [], list(self._steps))
+            arguments = (*parts, [], list(self._steps.tensor))
         self._adam_arguments = arguments
 
     def outdated(self) -> bool:
@@ -117,13 +126,13 @@ class FlatParameters:
             or self._optimizer.state is not self._state
             or [parameter.data_ptr() for parameter in self._both_networks] != self._pointers
             or any(self._hooks)
-            or not all(parameter.requires_grad for parameter in self._online)
+            or any(map(has_own_way, self._online))
         )
 
     def adam_step(self) -> None:
         """Update the parameters from the gradient (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980)."""
         (group,) = self._optimizer.param_groups
-        self._steps.add_(1)
+        np.add(self._steps.array, 1, out=self._steps.array)
         self._since_flush += 1
         if self._since_flush == _FLUSH_EVERY:
             self._flush()

@@ -27,7 +27,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_scratch_dqn.engines.dense import ACTIVATIONS, DenseNetwork, linear_layers
-from sb3_scratch_dqn.engines.flat import FlatParameters, why_no_adam
+from sb3_scratch_dqn.engines.flat import FlatParameters, has_own_way, why_no_adam
 from sb3_scratch_dqn.engines.products import Floats
 from sb3_scratch_dqn.engines.update import LastUpdate
 from sb3_scratch_dqn.heads import ExpectedHead, ValueHead, huber, squared
@@ -101,10 +101,8 @@ def _why_no_parameters(network: QNetwork) -> str | None:
     for name, parameter in network.named_parameters():
         if parameter.dtype != th.float32:
             return f"the parameter {name} has dtype {parameter.dtype}, not torch.float32"
-        if not parameter.requires_grad:
-            return f"the parameter {name} is frozen"
-        if parameter._backward_hooks:
-            return f"the parameter {name} has hooks"
+        if has_own_way(parameter):
+            return f"the parameter {name} is frozen or has hooks"
     for name, module in network.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             return f"the module {name or 'q_net'} has hooks"
@@ -178,7 +176,7 @@ class FusedEngine:
                 if not ahead:
                     source.give_back(batches, priorities)
         if losses:
-            self.last_update = LastUpdate(self.policy.head, *learner.last(), th.tensor(norm))
+            self.last_update = LastUpdate(self.policy.head, *learner.last(), norm)
         return losses
 
     def _clip(self, max_norm: float) -> float:
@@ -199,9 +197,9 @@ class FusedEngine:
         if self._flat is None:
             self._attach()
         online, inputs = self._online, self._inputs(observation)
-        rows = len(inputs)
-        online.draw_noise(rows, trains=False)
-        return self._learner.greedy(online.passing(rows, online.noisy).forward(inputs))
+        if online.noisy:
+            online.draw_noise(len(inputs), trains=False)
+        return self._learner.greedy(online.passing(len(inputs), online.noisy).forward(inputs))
 
     def move_target(self, tau: float) -> None:
         """Let the target network follow.
@@ -247,7 +245,7 @@ class _Learner(Protocol):
         :return: the mean loss, and the priorities, ``(B,)``
         """
 
-    def last(self) -> tuple[th.Tensor, th.Tensor]:
+    def last(self) -> tuple[th.Tensor | Floats, th.Tensor | Floats]:
         """Outputs at the actions taken, ``(B, K)``, and targets, of the last call of :meth:`backward`."""
 
     def greedy(self, outputs: Floats) -> Any:
@@ -324,10 +322,10 @@ class _ExpectedLearner:
         self._last = predicted, target
         return float(np.dot(weights, losses)) / size, th.from_numpy(np.abs(delta))
 
-    def last(self) -> tuple[th.Tensor, th.Tensor]:
+    def last(self) -> tuple[Floats, Floats]:
         """Outputs at the actions taken, ``(B, 1)``, and targets, ``(B,)``."""
         predicted, target = self._last
-        return th.from_numpy(predicted).unsqueeze(1), th.from_numpy(target)
+        return predicted[:, None], target
 
     def greedy(self, outputs: Floats) -> Any:
         """The best action of each row."""

@@ -49,9 +49,12 @@ def gather(array: Array, rows: Array, envs: Array) -> Array:
     :param envs: ``(B,)``
     :return: a copy, ``(B, ...)``
     """
-    # With one environment its number can only be 0
-    flat = array.reshape(-1, *array.shape[2:])
-    gathered: Array = flat.take(rows if array.shape[1] == 1 else rows * array.shape[1] + envs, axis=0)
+    n_envs = array.shape[1]
+    gathered: Array
+    if n_envs == 1:  # whose number can only be 0
+        gathered = array[:, 0].take(rows, axis=0)
+    else:
+        gathered = array.reshape(-1, *array.shape[2:]).take(rows * n_envs + envs, axis=0)
     return gathered
 
 

@@ -1,0 +1,327 @@
+"""The fused engine computes what the eager one does, up to rounding, and notices what it cannot serve."""
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import DictEnv, ImageEnv, TimeoutEnv, assert_equal, normalized
+from stable_baselines3.common.env_util import make_vec_env
+from torch import nn
+
+from sb3_scratch_dqn import DQNPolicy, ScratchDQN
+from sb3_scratch_dqn.engines import products
+from sb3_scratch_dqn.engines.flat import _NOTHING
+from sb3_scratch_dqn.networks import QNetwork
+
+
+class NumberEnv(TimeoutEnv):
+    observation_space = spaces.Discrete(5)
+
+    def _observe(self):
+        return int(self.np_random.integers(5))
+
+
+class WideEnv(TimeoutEnv):
+    """Observations of two axes, in float64."""
+
+    observation_space = spaces.Box(-10, 10, (2, 3), np.float64)
+
+    def _observe(self):
+        return self.np_random.normal(size=(2, 3))
+
+
+class MaskedEnv(TimeoutEnv):
+    def action_masks(self):
+        return np.array([True, False, True])
+
+
+def net(*widths, **kwargs):
+    return {"net_arch": list(widths), **kwargs}
+
+
+C51 = {"head": "c51", "head_kwargs": {"n_atoms": 11, "v_min": -5.0, "v_max": 10.0}}
+QUANTILE = {"head": "quantile", "head_kwargs": {"n_quantiles": 7}}
+PER = {"replay_buffer_kwargs": {"prioritized": True}}
+
+# Name -> environment, settings, arguments of the policy
+SERVED = {
+    "defaults": (TimeoutEnv, {}, {}),
+    "double": (TimeoutEnv, {"double_q": True}, {}),
+    "mse": (TimeoutEnv, {"loss": "mse"}, {}),
+    "dueling": (TimeoutEnv, {}, net(32, 16, dueling=True)),
+    "dueling of one layer": (TimeoutEnv, {}, net(32, dueling=True)),
+    "dueling of none": (TimeoutEnv, {}, net(dueling=True)),
+    "noisy": (TimeoutEnv, {}, net(16, 16, noisy=True)),
+    "noisy, few rows": (TimeoutEnv, {"batch_size": 8}, net(16, noisy=True)),
+    "n-step": (TimeoutEnv, {"n_steps": 3}, {}),
+    "prioritized": (TimeoutEnv, PER, {}),
+    "prioritized double mse": (TimeoutEnv, {**PER, "double_q": True, "loss": "mse"}, {}),
+    "tanh": (TimeoutEnv, {}, net(20, 30, activation_fn=nn.Tanh)),
+    "odd shapes": (TimeoutEnv, {"batch_size": 13}, net(17, 9, 5)),
+    "no hidden layer": (TimeoutEnv, {}, net()),
+    "large": (TimeoutEnv, {"batch_size": 128, "learning_rate": 1e-3}, net(256, 256)),
+    "large tanh double": (TimeoutEnv, {"batch_size": 100, "double_q": True}, net(200, 150, 50, activation_fn=nn.Tanh)),
+    "weight decay": (TimeoutEnv, {}, {"optimizer_kwargs": {"weight_decay": 0.1, "eps": 1e-4, "betas": (0.8, 0.99)}}),
+    "clipped": (TimeoutEnv, {"max_grad_norm": 0.05}, {}),
+    "soft targets": (TimeoutEnv, {"tau": 0.1}, {}),
+    "several environments": (lambda: make_vec_env(TimeoutEnv, n_envs=3, seed=0), {}, {}),
+    "normalized": (lambda: normalized(TimeoutEnv), {}, {}),
+    "numbers": (NumberEnv, {}, {}),
+    "images": (ImageEnv, {}, net(16)),
+    "two axes": (WideEnv, {}, {}),
+    "masks": (MaskedEnv, {"double_q": True}, {}),
+    "masked quantiles": (MaskedEnv, {}, QUANTILE),
+    "c51": (TimeoutEnv, {}, C51),
+    "quantile": (TimeoutEnv, {"double_q": True}, QUANTILE),
+    "quantile mse": (TimeoutEnv, {"loss": "mse"}, QUANTILE),
+    "munchausen": (TimeoutEnv, {"munchausen": True}, {}),
+    "munchausen double": (TimeoutEnv, {"munchausen": True, "double_q": True}, {}),
+    "rainbow": (TimeoutEnv, {**PER, "double_q": True, "n_steps": 3}, net(24, 24, dueling=True, noisy=True, **C51)),
+}
+
+SETTINGS = {
+    "learning_rate": 3e-3,
+    "learning_starts": 40,
+    "buffer_size": 500,
+    "batch_size": 32,
+    "train_freq": 4,
+    "seed": 0,
+}
+
+
+def make(name, engine, **more):
+    make_env, settings, policy_kwargs = SERVED[name]
+    # Where a gradient is nearly 0, Adam makes any difference in rounding as large as the learning rate, but for eps
+    policy_kwargs = {"optimizer_kwargs": {"eps": 1e-4}, **policy_kwargs}
+    settings = {**SETTINGS, **settings, **more}
+    return ScratchDQN("MlpPolicy", make_env(), engine=engine, policy_kwargs=policy_kwargs, **settings)
+
+
+def distance(model, other):
+    """The largest difference of two parameters."""
+    pairs = zip(model.policy.parameters(), other.policy.parameters(), strict=True)
+    return max((one - another).abs().max().item() for one, another in pairs)
+
+
+def assert_close(model, other, bound=2e-5):
+    assert distance(model, other) < bound
+    for one, another in zip(model.policy.optimizer.state.values(), other.policy.optimizer.state.values(), strict=True):
+        assert one["step"] == another["step"]
+        th.testing.assert_close(one["exp_avg"], another["exp_avg"], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("gradient_steps", [1, 4])
+def test_fifty_updates_agree(name, gradient_steps):
+    def learn(engine):
+        model = make(name, engine, gradient_steps=gradient_steps)
+        steps = 4 * 52 // gradient_steps  # calls of env.step()
+        return model.learn(SETTINGS["learning_starts"] + model.n_envs * steps)
+
+    eager, fused, before = learn("eager"), learn("fused"), make(name, "eager")
+    assert fused._engine.name == "fused"
+    assert fused._n_updates == eager._n_updates >= 50
+    assert distance(before, eager) > 1e-3, "the comparison needs updates that change something"
+    assert_close(eager, fused)
+    # The same actions were taken, and the same transitions sampled
+    assert_equal(eager.replay_buffer.actions, fused.replay_buffer.actions)
+
+
+@pytest.mark.parametrize("name", ["defaults", "double", "quantile", "prioritized"])
+def test_many_gradient_steps_at_once_agree(name):
+    settings = {"gradient_steps": 128, "train_freq": 64, "learning_rate": 1e-3}
+    eager, fused = (make(name, engine, **settings).learn(128) for engine in ("eager", "fused"))
+    assert fused._n_updates == eager._n_updates == 256
+    assert_close(eager, fused, bound=2e-4)
+
+
+@pytest.mark.parametrize("name", ["defaults", "noisy", "rainbow", "several environments"])
+def test_both_draw_the_same_random_numbers(name):
+    states = []
+    for engine in ("eager", "fused"):
+        make(name, engine, gradient_steps=3).learn(100)
+        states.append((np.random.get_state()[1:], th.get_rng_state()))
+    assert_equal(*states)
+
+
+@pytest.mark.parametrize("name", ["defaults", "rainbow"])
+def test_engines_can_be_switched_and_models_saved_and_loaded_in_the_middle(name, tmp_path):
+    def learn(engines):
+        model = make(name, engines[0]).learn(100)
+        model.engine = engines[1]
+        model.learn(60, reset_num_timesteps=False)
+        assert model._engine.name == engines[1]
+        model.save(tmp_path / "model.zip")
+        model.save_replay_buffer(tmp_path / "replay")
+        loaded = ScratchDQN.load(tmp_path / "model.zip", env=TimeoutEnv(), engine=engines[2])
+        assert_equal(model.get_parameters(), loaded.get_parameters())
+        loaded.load_replay_buffer(tmp_path / "replay")
+        loaded.learn(60, reset_num_timesteps=False)
+        assert loaded._engine.name == engines[2]
+        return loaded
+
+    whole = learn(["eager", "eager", "eager"])
+    assert_close(whole, learn(["fused", "eager", "fused"]), bound=1e-4)
+    assert_close(whole, learn(["eager", "fused", "eager"]), bound=1e-4)
+
+
+def test_a_loaded_model_trains_what_it_acts_by():
+    model = make("defaults", "fused").learn(100)
+    other = make("defaults", "fused", seed=5).learn(100)
+    model.set_parameters(other.get_parameters())
+    assert distance(model, other) == 0
+    observations = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    assert_equal(model._engine.act(observations), other.predict(observations, deterministic=True)[0])
+    np.random.seed(3)
+    model.replay_buffer = other.replay_buffer
+    model.train(5, 32)
+    np.random.seed(3)
+    other.train(5, 32)
+    assert distance(model, other) == 0
+    assert model.policy.optimizer.state_dict()["state"][0]["step"] == other._n_updates
+
+
+def test_memory_that_somebody_else_puts_in_place_is_used():
+    model = make("defaults", "fused").learn(100)
+    with th.no_grad():
+        for parameter in model.q_net.parameters():
+            parameter.data = th.zeros_like(parameter)
+    model.train(1, 32)
+    largest = max(parameter.abs().max().item() for parameter in model.q_net.parameters())
+    assert 0 < largest < 0.01
+
+
+def test_weights_that_a_callback_writes_are_read():
+    model = make("defaults", "fused").learn(100)
+    with th.no_grad():
+        model.q_net.q_net[4].weight.zero_()
+        model.q_net.q_net[4].bias.copy_(th.tensor([0.0, 2.0, 1.0]))
+    assert model._engine.act(np.zeros((1, 3), np.float32)) == [1]
+    assert model.predict(np.zeros(3, np.float32), deterministic=True)[0] == 1
+
+
+def test_gradients_are_left_where_autograd_leaves_them():
+    fused, eager = (make("defaults", engine).learn(44) for engine in ("fused", "eager"))
+    for one, another in zip(fused.q_net.parameters(), eager.q_net.parameters(), strict=True):
+        th.testing.assert_close(one.grad, another.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_of_which_a_part_was_trained_alone_goes_on():
+    models = [make("defaults", engine).learn(60) for engine in ("eager", "fused")]
+    for model in models:
+        state = model.policy.optimizer.state_dict()
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            state["state"][0][key] = state["state"][0][key] * 0 + (10 if key == "step" else 0)
+        model.policy.optimizer.load_state_dict(state)
+        np.random.seed(1)
+        model.train(20, 32)
+    assert_close(*models)
+    assert models[1].policy.optimizer.state_dict()["state"][0]["step"] == 30
+
+
+def test_averages_that_are_too_small_to_matter_become_zero():
+    model = make("defaults", "fused").learn(60)
+    averages = [state["exp_avg"] for state in model.policy.optimizer.state.values()]
+    averages[0][0, 0] = _NOTHING / 2
+    averages[0][1, 0] = -2 * _NOTHING
+    model._engine._flat._flush()
+    assert averages[0][0, 0] == 0
+    assert averages[0][1, 0] == np.float32(-2 * _NOTHING)
+
+
+class OwnNetwork(QNetwork):
+    def outputs(self, obs):
+        return 2 * super().outputs(obs)
+
+
+class OwnPolicy(DQNPolicy):
+    def make_q_net(self):
+        return OwnNetwork(**self._update_features_extractor(self.net_args))
+
+
+@pytest.mark.parametrize(
+    ("policy", "env", "policy_kwargs", "reason"),
+    [
+        ("CnnPolicy", ImageEnv, {}, "features_extractor_class=NatureCNN is not FlattenExtractor"),
+        ("MultiInputPolicy", DictEnv, {}, "features_extractor_class=CombinedExtractor"),
+        ("MlpPolicy", TimeoutEnv, {"head": "iqn"}, "the network is a ImplicitQNetwork, not a plain QNetwork"),
+        ("MlpPolicy", TimeoutEnv, {"activation_fn": nn.ELU}, "activation_fn=ELU is none of ReLU, Tanh"),
+        ("MlpPolicy", TimeoutEnv, {"activation_fn": nn.ELU, "dueling": True}, "activation_fn=ELU"),
+        ("MlpPolicy", TimeoutEnv, {"optimizer_class": th.optim.SGD}, "optimizer_class=SGD is not Adam"),
+        ("MlpPolicy", TimeoutEnv, {"optimizer_kwargs": {"amsgrad": True}}, "Adam has amsgrad=True"),
+        (OwnPolicy, TimeoutEnv, {}, "the network is a OwnNetwork"),
+    ],
+)
+def test_what_the_fused_engine_cannot_serve_is_refused_with_the_reason(policy, env, policy_kwargs, reason, capsys):
+    small = {"buffer_size": 100, "learning_starts": 10, "batch_size": 8}
+    if env is ImageEnv:
+        env = type("Larger", (ImageEnv,), {"observation_space": spaces.Box(0, 255, (36, 36, 3), np.uint8)})
+    with pytest.raises(
+        ValueError, match=r"engine='fused' cannot serve here: .*; engine='auto' takes one that can"
+    ) as no:
+        ScratchDQN(policy, env(), policy_kwargs=policy_kwargs, engine="fused", **small)
+    assert reason in str(no.value)
+    model = ScratchDQN(policy, env(), policy_kwargs=policy_kwargs, verbose=1, **small)
+    assert model._engine.name == "eager"
+    assert f"Using the eager engine: fused cannot serve, as {reason}" in capsys.readouterr().out
+
+
+def test_the_engine_is_told_once_and_with_the_reason(capsys):
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), verbose=1, learning_starts=10)
+    assert capsys.readouterr().out.count("Using the fused engine: the fastest that there is for these settings") == 1
+    model.learn(30)
+    assert "engine" not in capsys.readouterr().out
+    ScratchDQN("MlpPolicy", TimeoutEnv(), verbose=1, engine="eager")
+    assert "Using the eager engine, as asked" in capsys.readouterr().out
+    ScratchDQN("MlpPolicy", TimeoutEnv())
+    assert "engine" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("obstacle", ["module", "parameter", "frozen"])
+def test_what_stands_in_the_way_later_makes_it_step_aside(obstacle):
+    model = make("defaults", "auto").learn(60)
+    assert model._engine.name == "fused"
+    layer, seen = model.q_net.q_net[0], []
+    if obstacle == "module":
+        layer.register_forward_hook(lambda *_: seen.append(1))
+    elif obstacle == "parameter":
+        layer.weight.register_hook(lambda _: seen.append(1))
+    else:
+        layer.weight.requires_grad_(False)
+    before = layer.weight.clone()
+    model.learn(20, reset_num_timesteps=False)
+    assert model._engine.name == "eager"
+    assert th.equal(before, layer.weight) == (obstacle == "frozen")
+    assert bool(seen) == (obstacle != "frozen")
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5), (32, 64, 64), (64, 100, 70), (128, 256, 256)])
+@pytest.mark.parametrize("kind", ["numpy", "torch", "onednn", "chosen"])
+def test_every_way_to_multiply_gives_the_product(kind, shape):
+    rows, n_inputs, n_outputs = shape
+    if kind == "onednn" and not products._has_onednn():
+        pytest.skip("this PyTorch has no oneDNN")
+    ways = products.products_for(*shape) if kind == "chosen" else getattr(products, kind.upper())
+    th.manual_seed(0)
+    x, w, b, g = (
+        products.both(th.randn(size))
+        for size in ((rows, n_inputs), (n_outputs, n_inputs), (n_outputs,), (rows, n_outputs))
+    )
+    out, to_w, to_x = (
+        products.empty(rows, n_outputs),
+        products.empty(n_outputs, n_inputs),
+        products.empty(rows, n_inputs),
+    )
+    products.run([*ways.outputs(x, w, b, out), ways.weight_gradient(g, x, to_w), ways.input_gradient(g, w, to_x)])
+    exact = [one.array.astype(np.float64) for one in (x, w, b, g)]
+    np.testing.assert_allclose(out.array, exact[0] @ exact[1].T + exact[2], atol=1e-4)
+    np.testing.assert_allclose(to_w.array, exact[3].T @ exact[0], atol=1e-4)
+    np.testing.assert_allclose(to_x.array, exact[3] @ exact[1], atol=1e-4)
+
+
+def test_deterministic_algorithms_are_not_chosen_by_the_clock():
+    th.use_deterministic_algorithms(True)
+    try:
+        assert products.products_for(128, 512, 512) is products.TORCH
+    finally:
+        th.use_deterministic_algorithms(False)
