@@ -249,7 +249,7 @@ class ScratchDQN(LeanRollouts):
         self._engine_made_of = self._what_engines_are_made_of()
         before = getattr(self, "_engine", None)
         self._engine, why = choose_engine(self.engine, self.policy, self._objective())
-        if self.verbose >= 1 and (before is None or before.name != self._engine.name):
+        if self.verbose >= 1 and (before is None or before.title != self._engine.title):
             print(why)
 
     def _what_engines_are_made_of(self) -> tuple[Any, ...]:

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
@@ -35,6 +36,26 @@ def hidden_layers(
         layers += [linear(n_inputs, width), activation_fn()]
         n_inputs = width
     return layers
+
+
+def preprocess(
+    obs: PyTorchObs, space: spaces.Space[Any], normalize_images: bool, image_format: th.memory_format
+) -> PyTorchObs:
+    """What SB3's ``preprocess_obs`` gives, to the last bit, in less time for images.
+
+    :param obs: ``B`` observations
+    :param space: what they are
+    :param normalize_images: divide images by 255
+    :param image_format: how images are to lie in memory
+    """
+    if isinstance(obs, dict) and isinstance(space, spaces.Dict):
+        parts = {key: preprocess(one, space[key], normalize_images, image_format) for key, one in obs.items()}
+        return cast("dict[str, th.Tensor]", parts)  # no dict holds another
+    if isinstance(obs, th.Tensor) and obs.dtype == th.uint8 and normalize_images and is_image_space(space):
+        # In place: memory for a second batch of images as floats would cost many times what the division does
+        return th.empty_like(obs, dtype=th.float32, memory_format=image_format).copy_(obs).div_(255.0)
+    preprocessed: PyTorchObs = preprocess_obs(obs, space, normalize_images=normalize_images)
+    return preprocessed
 
 
 class DuelingStreams(nn.Module):
@@ -99,6 +120,7 @@ class QNetwork(BasePolicy):
 
     action_space: spaces.Discrete
     read_by_all: ClassVar = "outputs"  # the method from which all others follow
+    image_format: th.memory_format = th.contiguous_format  # how images lie in memory, for whoever knows a faster way
 
     def __init__(
         self,
@@ -144,6 +166,13 @@ class QNetwork(BasePolicy):
         base = cls.read_by_all
         if not vars(cls).keys().isdisjoint({"forward", "outputs"} - {base}) and base not in vars(cls):
             raise TypeError(f"{cls.__name__} must override {base}(), which acting and training both read")
+
+    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
+        """Features, ``(B, features_dim)``, of ``B`` observations."""
+        features: th.Tensor = features_extractor(
+            preprocess(obs, self.observation_space, self.normalize_images, self.image_format)
+        )
+        return features
 
     def outputs(self, obs: PyTorchObs) -> th.Tensor:
         """What the head reads, ``(B, A, K)``."""

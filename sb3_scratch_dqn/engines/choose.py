@@ -3,6 +3,7 @@
 from typing import Any, ClassVar, Protocol
 
 from sb3_scratch_dqn.engines.eager import EagerEngine
+from sb3_scratch_dqn.engines.fused_autograd import FusedAutogradEngine
 from sb3_scratch_dqn.engines.fused_cpu import FusedEngine
 from sb3_scratch_dqn.engines.update import LastUpdate
 from sb3_scratch_dqn.policies import DQNPolicy
@@ -11,9 +12,14 @@ from sb3_scratch_dqn.td import Objective
 
 
 class Engine(Protocol):
-    """Takes gradient steps and chooses greedy actions; :class:`EagerEngine` says what the parameters mean."""
+    """Takes gradient steps and chooses greedy actions; :class:`EagerEngine` says what the parameters mean.
+
+    :param name: that users ask for it by; several may share one, the fastest of which is taken
+    :param title: for people
+    """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     policy: DQNPolicy
     last_update: LastUpdate | None
 
@@ -38,8 +44,8 @@ class Engine(Protocol):
 
 
 # In the order in which "auto" prefers them; the last one serves everything
-ENGINES: dict[str, type[Engine]] = {"fused": FusedEngine, "eager": EagerEngine}
-ENGINE_NAMES = ("auto", *ENGINES)
+_ENGINES: tuple[type[Engine], ...] = (FusedEngine, FusedAutogradEngine, EagerEngine)
+ENGINE_NAMES = ("auto", *dict.fromkeys(engine.name for engine in _ENGINES))
 
 
 def choose_engine(name: str, policy: DQNPolicy, objective: Objective) -> tuple[Engine, str]:
@@ -51,16 +57,13 @@ def choose_engine(name: str, policy: DQNPolicy, objective: Objective) -> tuple[E
     :return: the engine, and in a sentence why it was chosen
     :raises ValueError: if the engine cannot serve, with the reason
     """
-    if name != "auto":
-        reason = ENGINES[name].why_not(policy, objective)
-        if reason is not None:
-            raise ValueError(f"engine={name!r} cannot serve here: {reason}; engine='auto' takes one that can")
-        return ENGINES[name](policy, objective), f"Using the {name} engine, as asked"
     reasons: list[str] = []
-    for other, engine in ENGINES.items():
+    for engine in _ENGINES:
+        if name not in ("auto", engine.name):
+            continue
         reason = engine.why_not(policy, objective)
         if reason is None:
-            slower = "; ".join(reasons) or "the fastest that there is for these settings"
-            return engine(policy, objective), f"Using the {other} engine: {slower}"
-        reasons.append(f"{other} cannot serve, as {reason}")
-    raise AssertionError("the last engine serves everything")
+            why = f"as {' and '.join(reasons)}" if reasons else "the fastest for these settings"
+            return engine(policy, objective), f"Using {engine.title}, {'as asked' if name == 'eager' else why}"
+        reasons.append(f"{engine.title} cannot serve: {reason}")
+    raise ValueError(f"engine={name!r} cannot be used here: {reasons[-1]}; engine='auto' takes one that can serve")

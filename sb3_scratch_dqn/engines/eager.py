@@ -26,6 +26,7 @@ class EagerEngine:
     """
 
     name: ClassVar[str] = "eager"
+    title: ClassVar[str] = "the eager engine"
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
         self.policy = policy
@@ -69,11 +70,14 @@ class EagerEngine:
                 policy.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]  # PyTorch has no types for it
                 grad_norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-                policy.optimizer.step()
+                self._step()
                 source.give_back(batch, td.priorities)
                 self.last_update = LastUpdate(policy.head, td.outputs.detach(), td.target, grad_norm)
         # One wait for the device, not one an update
         return th.stack(losses).tolist() if losses else []
+
+    def _step(self) -> None:
+        self.policy.optimizer.step()
 
     def act(self, observation: Any) -> Any:
         """Greedy actions, with noise in noisy layers.

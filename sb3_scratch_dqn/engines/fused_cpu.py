@@ -117,6 +117,7 @@ class FusedEngine:
     """
 
     name: ClassVar[str] = "fused"
+    title: ClassVar[str] = "the fused engine"
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
         self.policy = policy

@@ -1,0 +1,65 @@
+"""The fused engine for networks of any kind: gradients by autograd, and all that can be faster around it.
+
+- Adam updates all parameters in one call, where its default on the CPU makes about ten for each.
+- Images lie with their channels last, which makes the gradients of convolutions faster.
+
+What it computes differs from the eager engine by rounding alone.
+"""
+
+from typing import ClassVar
+
+import torch as th
+
+from sb3_scratch_dqn.engines.eager import EagerEngine
+from sb3_scratch_dqn.policies import DQNPolicy
+from sb3_scratch_dqn.replay import BatchSource
+from sb3_scratch_dqn.td import Objective
+
+
+class FusedAutogradEngine(EagerEngine):
+    """Autograd, and Adam in one call; parameters as in :class:`EagerEngine`."""
+
+    name: ClassVar[str] = "fused"
+    title: ClassVar[str] = "the fused engine with autograd"
+
+    @staticmethod
+    def why_not(policy: DQNPolicy, objective: Objective) -> str | None:
+        """Why this engine cannot serve; ``None`` if it can."""
+        optimizer = policy.optimizer
+        if policy.device.type != "cpu":
+            return f"device={policy.device.type!r} is not 'cpu'"
+        if type(optimizer) is not th.optim.Adam:
+            return f"optimizer_class={type(optimizer).__name__} is not Adam"
+        for group in optimizer.param_groups:
+            for name in ("differentiable", "capturable"):
+                if group.get(name):
+                    return f"Adam has {name}=True"
+            if isinstance(group["lr"], th.Tensor):
+                return "the learning rate of the optimizer is a tensor"
+            if not all(parameter.is_floating_point() for parameter in group["params"]):
+                return "the optimizer has parameters that are no floating point numbers"
+        return None
+
+    def outdated(self) -> bool:
+        """Whether somebody changed the policy in a way that this engine must be made anew for."""
+        return type(self.policy.optimizer) is not th.optim.Adam
+
+    def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
+        """Take some gradient steps; see :meth:`EagerEngine.train`."""
+        network = self.policy.q_net
+        network.image_format = th.channels_last
+        try:
+            return super().train(source, gradient_steps, max_grad_norm)
+        finally:
+            del network.image_format  # the eager engine's numbers are those of the other way
+
+    def _step(self) -> None:
+        optimizer = self.policy.optimizer
+        before = [group.get("fused") for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["fused"] = True
+        try:
+            optimizer.step()
+        finally:
+            for group, fused in zip(optimizer.param_groups, before, strict=True):
+                group["fused"] = fused
