@@ -50,8 +50,8 @@ class ScratchDQN(LeanRollouts):
     """Deep Q-Network, from scratch (https://arxiv.org/abs/1312.5602, https://www.nature.com/articles/nature14236).
 
     The positional parameters are those of SB3's ``DQN``, with the same defaults; the keyword-only ones come on top.
-    With these at their defaults it computes what SB3's ``DQN`` computes, to the last bit, in one environment;
-    in several, each environment has an epsilon coin of its own.
+    With these at their defaults it computes what SB3's ``DQN`` computes, up to rounding, and with ``engine="eager"`` to
+    the last bit, in one environment; in several, each environment has an epsilon coin of its own.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or a subclass of ``DQNPolicy``
     :param env: the environment to learn from, or its name
@@ -95,7 +95,9 @@ class ScratchDQN(LeanRollouts):
         (https://arxiv.org/abs/2007.14430)
     :param munchausen_kwargs: ``tau`` (0.03), ``alpha`` (0.9) and ``clip`` (-1.0), as in
         :class:`sb3_scratch_dqn.td.MunchausenTarget`
-    :param engine: how updates are executed: ``"auto"``, the fastest that serves these settings, or ``"eager"``
+    :param engine: how updates are executed: ``"auto"``, the fastest that serves these settings; ``"fused"``, in fewer
+        calls, the same up to rounding; ``"eager"``, the numbers of SB3's ``DQN`` to the last bit. With ``verbose=1``
+        it says which one is used, and why
     :raises ValueError: for settings that cannot work, naming the first of them
     :raises AssertionError: for an environment whose actions are not ``Discrete``
     """
@@ -464,7 +466,9 @@ class ScratchDQN(LeanRollouts):
         device: th.device | str = "auto",
         **settings: Any,
     ) -> SelfScratchDQN:
-        """Make a ScratchDQN of a DQN of SB3: it predicts and goes on learning as that would, to the last bit.
+        """Make a ScratchDQN of a DQN of SB3: it predicts and goes on learning as that would.
+
+        With ``engine="eager"`` it does so to the last bit, with other engines up to rounding.
 
         Networks, optimiser, counters, settings and replay are copied; the environment is shared.
 

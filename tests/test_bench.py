@@ -3,7 +3,9 @@
 import re
 
 import pytest
+import torch as th
 
+from sb3_scratch_dqn.bench import speed
 from sb3_scratch_dqn.bench.__main__ import main
 from sb3_scratch_dqn.bench.timing import Comparison, compare, table
 
@@ -40,7 +42,51 @@ def test_the_benchmark_of_replay(capsys, monkeypatch):
     assert 56_468 / ours == pytest.approx(56_468 / (84 * 84 * (1 + 4 / 250 + 16 / 250) + 7 + 8 + 12), rel=0.01)
 
 
-@pytest.mark.parametrize("arguments", [[], ["replay", "--rounds", "0"], ["replay", "--largest", "x"], ["nothing"]])
+def test_the_benchmark_of_speed(capsys, monkeypatch):
+    monkeypatch.setitem(speed.CASES, "defaults", speed.CASES["defaults"]._replace(steps=40))
+    main(["speed", "defaults", "--rounds", "2", "--contestants", "sb3", "fused", "--n-envs", "2", "--train-freq", "8"])
+    printed = capsys.readouterr().out
+    assert "### SB3's defaults, CartPole, 2 environments, train_freq=8" in printed
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in printed.splitlines()}
+    assert rows["sb3"][3] == rows["sb3"][4] == "1.00 (1.00-1.00)"
+    assert float(rows["fused"][4].split()[0]) > 0
+    assert int(rows["fused"][-1].split()[0]) > 50
+
+
+def test_a_contestant_that_cannot_take_part_is_told_and_the_others_go_on(capsys, monkeypatch):
+    case = speed.CASES["defaults"]
+    unfit = {"policy_kwargs": {"optimizer_class": th.optim.SGD}}
+    monkeypatch.setitem(speed.CASES, "defaults", case._replace(steps=40, settings=unfit))
+    main(["speed", "defaults", "--rounds", "1", "--contestants", "fused", "eager"])
+    printed = capsys.readouterr().out
+    assert "fused: ValueError: engine='fused' cannot be used here" in printed
+    assert "| eager |" in printed
+    assert "| fused |" not in printed
+
+
+def test_ratios_above_one_are_in_our_favour():
+    rounds = [speed.Round(2.0, 0.2), speed.Round(4.0, 0.4)]
+    measured = {
+        "sb3": speed.Figures([speed.Round(6.0, 0.6), speed.Round(20.0, 0.4)], 2**30),
+        "fused": speed.Figures(rounds, 2**29),
+        "sbx": "ImportError: no",
+    }
+    text = speed.report(speed.CASES["defaults"], measured)
+    assert "| fused | 1,333 | 3 | 4.00 (3.00-5.00) | 2.00 (1.00-3.00) | 512 MiB |" in text
+    assert "sbx: ImportError: no" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["replay", "--rounds", "0"],
+        ["replay", "--largest", "x"],
+        ["nothing"],
+        ["speed", "nothing"],
+        ["speed", "--contestants", "nobody"],
+    ],
+)
 def test_a_command_line_that_cannot_be_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch as th
 
 from sb3_scratch_dqn.bench import replay, speed
+from sb3_scratch_dqn.engines import ENGINE_NAMES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     speed_parser.add_argument(
         "--contestants", nargs="+", metavar="NAME", help="some of sb3, sbx and this package's engines (default: all)"
     )
+    speed_parser.add_argument("--n-envs", type=_positive, help="environments in each case (default: 1)")
+    speed_parser.add_argument("--train-freq", type=_positive, help="steps between updates (default: the case's own)")
     speed_parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
     options = parser.parse_args(arguments)
     th.set_num_threads(1)
@@ -48,7 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in options.cases if name not in speed.CASES]
     if unknown:
         speed_parser.error(f"CASE {unknown[0]!r} must be one of {', '.join(speed.CASES)}")
-    print(speed.run(options.cases or list(speed.CASES), options.contestants, options.rounds, options.device))
+    known = ["sb3", "sbx", *ENGINE_NAMES]
+    unknown = [name for name in options.contestants or () if name not in known]
+    if unknown:
+        speed_parser.error(f"--contestants {unknown[0]!r} must be one of {', '.join(known)}")
+    chosen = [speed.CASES[name] for name in options.cases or speed.CASES]
+    cases = [speed.changed(case, options.n_envs, options.train_freq) for case in chosen]
+    print(speed.run(cases, options.contestants, options.rounds, options.device))
 
 
 def _positive(text: str) -> int:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch as th
+from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_scratch_dqn.bench.timing import table
 
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     :param steps: environment steps of a measurement
     :param settings: of all contestants
     :param policy: likewise
+    :param n_envs: environments that are stepped together
     """
 
     title: str
@@ -50,6 +52,7 @@ class Case(NamedTuple):
     steps: int
     settings: dict[str, Any]
     policy: str = "MlpPolicy"
+    n_envs: int = 1
 
 
 CASES = {
@@ -153,6 +156,7 @@ CASES = {
         {"batch_size": 32, "buffer_size": 1_000, "learning_starts": 100},
         "CnnPolicy",
     ),
+    "dict": Case("`Dict` observations, SB3's defaults", "Dict", 1_000, {}, "MultiInputPolicy"),
 }
 
 
@@ -175,6 +179,37 @@ class NoiseEnv(gym.Env[Any, Any]):
         return self._images[self._step % 10], float(action), self._step == 100, False, {}
 
 
+class DictEnv(gym.Env[Any, Any]):
+    """Two vectors that cost nothing."""
+
+    observation_space = gym.spaces.Dict(
+        {"position": gym.spaces.Box(-1, 1, (3,), np.float32), "speed": gym.spaces.Box(-1, 1, (5,), np.float32)}
+    )
+    action_space = gym.spaces.Discrete(4)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode of 100 steps."""
+        super().reset(seed=seed)
+        self._observations = [
+            {key: self.np_random.uniform(-1, 1, space.shape).astype(np.float32) for key, space in self._spaces}
+            for _ in range(10)
+        ]
+        self._step = 0
+        return self._observations[0], {}
+
+    @property
+    def _spaces(self) -> list[tuple[str, Any]]:
+        return list(self.observation_space.spaces.items())
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """The next observation."""
+        self._step += 1
+        return self._observations[self._step % 10], float(action), self._step == 100, False, {}
+
+
+_OWN_ENVS: dict[str, type[gym.Env[Any, Any]]] = {"Noise84": NoiseEnv, "Dict": DictEnv}
+
+
 def contestants(names: Sequence[str] | None, device: str) -> list[str]:
     """Who takes part: those named, or all that are installed and serve the device.
 
@@ -190,18 +225,20 @@ def contestants(names: Sequence[str] | None, device: str) -> list[str]:
 def _make(contestant: str, case: Case, device: str) -> Any:
     # Only the contestant's own library is imported, for the sake of its peak memory
     common: dict[str, Any] = dict(case.settings, seed=0)
-    make_env: Any = NoiseEnv if case.env == "Noise84" else partial(gym.make, case.env)
+    # Made here rather than by its name: SB3 would have it rendered, which slows LunarLander down as nothing else does
+    make_env: Any = _OWN_ENVS.get(case.env) or partial(gym.make, case.env)
+    env = make_vec_env(make_env, n_envs=case.n_envs, seed=0)
     if contestant == "sbx":
         from sbx import DQN as SBX
 
-        return SBX(case.policy, make_env(), **common)
+        return SBX(case.policy, env, **common)
     if contestant == "sb3":
         from stable_baselines3 import DQN
 
-        return DQN(case.policy, make_env(), device=device, **common)
+        return DQN(case.policy, env, device=device, **common)
     from sb3_scratch_dqn.dqn import ScratchDQN
 
-    return ScratchDQN(case.policy, make_env(), device=device, engine=contestant, **common)
+    return ScratchDQN(case.policy, env, device=device, engine=contestant, **common)
 
 
 class Round(NamedTuple):
@@ -345,18 +382,33 @@ def report(case: Case, measured: dict[str, Figures | str]) -> str:
     return "\n".join([table(header, rows), *failures])
 
 
-def run(cases: Sequence[str], names: Sequence[str] | None, rounds: int, device: str) -> str:
+def changed(case: Case, n_envs: int | None, train_freq: int | None) -> Case:
+    """A case with other settings.
+
+    :param case: the case
+    :param n_envs: environments that are stepped together; ``None`` for its own
+    :param train_freq: calls of ``env.step()`` between updates; likewise
+    """
+    if n_envs is not None:
+        title = f"{case.title}, {n_envs} environments"
+        case = case._replace(title=title, n_envs=n_envs, steps=max(case.steps, 16 * n_envs))
+    if train_freq is not None:
+        settings = {**case.settings, "train_freq": train_freq}
+        case = case._replace(title=f"{case.title}, train_freq={train_freq}", settings=settings)
+    return case
+
+
+def run(cases: Sequence[Case], names: Sequence[str] | None, rounds: int, device: str) -> str:
     """Measure some cases, telling on stderr what is going on.
 
-    :param cases: names in ``CASES``
+    :param cases: such as those in ``CASES``
     :param names: of the contestants, as in :func:`contestants`
     :param rounds: how often each is measured
     :param device: ``"cpu"`` or ``"cuda"``
     :return: the tables, in Markdown
     """
     texts = []
-    for name in cases:
-        case = CASES[name]
+    for case in cases:
         print(f"{case.title} ...", file=sys.stderr, flush=True)
         text = f"### {case.title}\n\n{report(case, measure(case, contestants(names, device), rounds, device))}"
         print(text, file=sys.stderr, flush=True)
