@@ -30,6 +30,23 @@ class WideEnv(TimeoutEnv):
         return self.np_random.normal(size=(2, 3))
 
 
+class VectorsEnv(TimeoutEnv):
+    """A Dict of vectors, numbers and several numbers."""
+
+    observation_space = spaces.Dict(
+        {
+            "vector": spaces.Box(-10, 10, (2,), np.float32),
+            "number": spaces.Discrete(4),
+            "numbers": spaces.MultiDiscrete([2, 3]),
+            "bits": spaces.MultiBinary(2),
+        }
+    )
+
+    def _observe(self):
+        self.observation_space.seed(int(self.np_random.integers(1000)))
+        return self.observation_space.sample()
+
+
 class MaskedEnv(TimeoutEnv):
     def action_masks(self):
         return np.array([True, False, True])
@@ -69,6 +86,8 @@ SERVED = {
     "numbers": (NumberEnv, {}, {}),
     "images": (ImageEnv, {}, net(16)),
     "two axes": (WideEnv, {}, {}),
+    "dict": (VectorsEnv, {}, {}),
+    "dict quantiles": (VectorsEnv, {"double_q": True}, QUANTILE),
     "masks": (MaskedEnv, {"double_q": True}, {}),
     "masked quantiles": (MaskedEnv, {}, QUANTILE),
     "c51": (TimeoutEnv, {}, C51),
@@ -94,7 +113,8 @@ def make(name, engine, **more):
     # Where a gradient is nearly 0, Adam makes any difference in rounding as large as the learning rate, but for eps
     policy_kwargs = {"optimizer_kwargs": {"eps": 1e-4}, **policy_kwargs}
     settings = {**SETTINGS, **settings, **more}
-    return ScratchDQN("MlpPolicy", make_env(), engine=engine, policy_kwargs=policy_kwargs, **settings)
+    policy = "MultiInputPolicy" if make_env is VectorsEnv else "MlpPolicy"
+    return ScratchDQN(policy, make_env(), engine=engine, policy_kwargs=policy_kwargs, **settings)
 
 
 def distance(model, other):
@@ -248,8 +268,8 @@ class LargerImageEnv(ImageEnv):
 
 # Policy, environment, arguments of the policy, and what keeps gradients from being computed by hand
 BY_AUTOGRAD = {
-    "images": ("CnnPolicy", LargerImageEnv, {}, "features_extractor_class=NatureCNN is not FlattenExtractor"),
-    "dict": ("MultiInputPolicy", DictEnv, {}, "features_extractor_class=CombinedExtractor is not FlattenExtractor"),
+    "images": ("CnnPolicy", LargerImageEnv, {}, "features_extractor_class=NatureCNN does more than flatten"),
+    "dict": ("MultiInputPolicy", DictEnv, {}, "features_extractor_class=CombinedExtractor does more than flatten"),
     "iqn": ("MlpPolicy", TimeoutEnv, {"head": "iqn"}, "the network is a ImplicitQNetwork, not a plain QNetwork"),
     "activation": ("MlpPolicy", TimeoutEnv, {"activation_fn": nn.ELU}, "activation_fn=ELU is none of ReLU, Tanh"),
     "stream": ("MlpPolicy", TimeoutEnv, {"activation_fn": nn.ELU, "dueling": True}, "activation_fn=ELU"),

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
@@ -71,12 +71,19 @@ def _why_not(policy: DQNPolicy) -> str | None:
         return f"the network is a {type(network).__name__}, not a plain QNetwork"
     if replaced(policy, DQNPolicy, "noise"):
         return f"{type(policy).__name__} overrides noise()"
-    if type(network.features_extractor) is not FlattenExtractor:
-        return f"features_extractor_class={type(network.features_extractor).__name__} is not FlattenExtractor"
+    if not _only_flattens(network.features_extractor):
+        return f"features_extractor_class={type(network.features_extractor).__name__} does more than flatten"
     reason = _why_no_layers(list(network.q_net)) or _why_no_parameters(network)
     if reason is None:
         reason = why_no_adam(policy.optimizer, network.parameters())
     return reason
+
+
+def _only_flattens(extractor: nn.Module) -> bool:
+    """Whether all that becomes of observations is that they lie side by side."""
+    if type(extractor) is CombinedExtractor:
+        return all(type(one) is nn.Flatten for one in extractor.extractors.values())
+    return type(extractor) is FlattenExtractor
 
 
 def _why_no_layers(modules: list[nn.Module]) -> str | None:
@@ -220,6 +227,14 @@ Inputs = Callable[[Any], npt.NDArray[Any]]
 def _make_inputs(policy: DQNPolicy) -> Inputs:
     """What turns observations into what the first layer reads."""
     space, normalize = policy.observation_space, policy.q_net.normalize_images
+    if not isinstance(space, spaces.Dict):
+        return _flattened(space, normalize)
+    parts = {key: _flattened(part, normalize) for key, part in space.spaces.items()}
+    # In the order in which CombinedExtractor has them
+    return lambda observation: np.concatenate([part(observation[key]) for key, part in parts.items()], axis=1)
+
+
+def _flattened(space: spaces.Space[Any], normalize: bool) -> Inputs:
     if isinstance(space, spaces.Box) and not (normalize and is_image_space(space)):
         if len(space.shape) == 1:
             return lambda observation: observation
@@ -338,6 +353,10 @@ def _allowed(values: Floats, masks: Any) -> Floats:
     return values if masks is None else np.where(masks, values, np.float32(-np.inf))
 
 
+def _arrays(obs: PyTorchObs) -> Any:
+    return {key: part.numpy() for key, part in obs.items()} if isinstance(obs, dict) else obs.numpy()
+
+
 class _NetworkForTargets:
     """A network as the targets in :mod:`sb3_scratch_dqn.td` want it."""
 
@@ -347,8 +366,8 @@ class _NetworkForTargets:
 
     def target_outputs(self, obs: PyTorchObs) -> th.Tensor:
         """Observations -> ``(B, A, K)``."""
-        assert isinstance(obs, th.Tensor)
-        outputs = self._network.passing(len(obs), self._network.noisy).forward(self._inputs(obs.numpy()))
+        inputs = self._inputs(_arrays(obs))
+        outputs = self._network.passing(len(inputs), self._network.noisy).forward(inputs)
         return th.from_numpy(outputs.copy()).view(self._view)  # the pass will write over it
 
     def values_given(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
@@ -385,8 +404,7 @@ class _HeadLearner:
         batch = self._batches[number]
         target = self._target_of(batch) if self._targets is None else self._targets[number]
         one = self._online.passing(len(batch.actions), self._online.noisy)
-        assert isinstance(batch.observations, th.Tensor)
-        one.forward(self._inputs(batch.observations.numpy()))
+        one.forward(self._inputs(_arrays(batch.observations)))
         taken = at_actions(one.out.tensor.view(self._view), batch.actions).requires_grad_()
         losses, priorities = self._head.losses(taken, target, self._loss)
         loss = (batch.weights * losses).mean()
