@@ -193,7 +193,7 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         dones: Array,
         infos: list[dict[str, Any]],
     ) -> None:
-        ended = any(dones.tolist())
+        ended = any(dones)
         if self._masks is not None:
             assert self.env is not None
             masks_now = read_masks(self.env, self._n_actions)

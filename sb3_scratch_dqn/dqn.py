@@ -255,7 +255,7 @@ class ScratchDQN(LeanRollouts):
             print(why)
 
     def _what_engines_are_made_of(self) -> tuple[Any, ...]:
-        return self.engine, self.loss, self.double_q, self.munchausen, self.munchausen_kwargs
+        return self.engine, self.loss, self.double_q, self.munchausen, dict(self.munchausen_kwargs or {})
 
     def _current_engine(self) -> Engine:
         """The engine, made anew if somebody changed what it is made of."""

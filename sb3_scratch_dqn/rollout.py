@@ -101,13 +101,14 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
                 callback.update_locals(seen)
                 if not callback.on_step():
                     return RolloutReturn(num_collected_steps * n_envs, num_collected_episodes, continue_training=False)
+                self._choose_how_to_act()  # the callback may have changed what stands in the way
 
             self._update_info_buffer(infos, dones)
             self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)
             self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
             self._on_step()
 
-            for idx, done in enumerate(dones.tolist()):
+            for idx, done in enumerate(dones):
                 if done:
                     num_collected_episodes += 1
                     self._episode_num += 1

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from helpers import DictEnv, TimeoutEnv, assert_equal, exactly
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
@@ -12,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_parity import SMALL
 
-from sb3_scratch_dqn import ScratchDQN
+from sb3_scratch_dqn import DQNPolicy, ScratchDQN
 from sb3_scratch_dqn.rollout import lean_step
 
 
@@ -189,3 +190,33 @@ def test_masks_are_cut_apart_with_their_batches():
     first, second = buffer.sample_batch(4, n_batches=2).split(2)
     assert first.action_masks.shape == second.next_action_masks.shape == (4, 3)
     assert SimpleNamespace(**first._asdict()).places[0].shape == (4,)
+
+
+def test_a_policy_that_a_callback_puts_in_place_acts_from_the_next_step_on():
+    class Always(DQNPolicy):
+        def _predict(self, observation, deterministic=True):
+            return torch.full((len(observation),), 2)
+
+    class Replace(BaseCallback):
+        actions = ()
+
+        def _on_step(self):
+            self.actions = (*self.actions, int(self.locals["actions"][0]))
+            if self.n_calls == 20:
+                model = self.model
+                model.policy = Always(model.observation_space, model.action_space, model.lr_schedule)
+                model._create_aliases()
+            return True
+
+    callback = Replace()
+    settings = {**SMALL, "exploration_initial_eps": 0.0, "exploration_final_eps": 0.0, "learning_starts": 0}
+    ScratchDQN("MlpPolicy", TimeoutEnv(), **{**settings, "train_freq": 100}).learn(40, callback)
+    assert set(callback.actions[20:40]) == {2}
+    assert set(callback.actions[:20]) != {2}
+
+
+def test_settings_that_a_callback_changes_in_place_are_heeded():
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), **SMALL, munchausen=True, munchausen_kwargs={"alpha": 0.5}).learn(60)
+    model.munchausen_kwargs["alpha"] = 0.25
+    model.train(1, 8)
+    assert model._engine.objective.munchausen.alpha == 0.25

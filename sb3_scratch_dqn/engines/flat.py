@@ -48,6 +48,16 @@ def why_no_adam(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter
     return None
 
 
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """What hangs on a module to see, or change, what goes through it; each stays the same object."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
 def has_own_way(parameter: th.Tensor) -> bool:
     """Whether somebody froze a parameter, or hung up hooks for its gradient, which only autograd heeds."""
     return (
@@ -75,9 +85,7 @@ class FlatParameters:
         self._arrange_state(online)
         # Whatever hooks hang on, now or later, sees every step only in autograd's way
         self._hooks: list[Any] = [
-            hooks
-            for module in (*policy.q_net.modules(), *policy.q_net_target.modules())
-            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+            hooks for module in (*policy.q_net.modules(), *policy.q_net_target.modules()) for hooks in hooks_of(module)
         ]
         self._hooks += [policy.optimizer._optimizer_step_pre_hooks, policy.optimizer._optimizer_step_post_hooks]
         self._pointers = [parameter.data_ptr() for parameter in self._both_networks]
@@ -94,7 +102,7 @@ class FlatParameters:
         optimizer = self._optimizer
         self._state = optimizer.state
         first, second = th.zeros_like(self.parameters), th.zeros_like(self.parameters)
-        self._first, self._since_flush = first.numpy(), 0
+        self._first = first.numpy()
         # Each parameter has a count of its own, so that Adam itself could go on from here
         self._steps = both(th.zeros(len(online)))
         views = zip(online, _views(first, online), _views(second, online), self._steps.tensor, strict=True)
@@ -133,8 +141,7 @@ class FlatParameters:
         """Update the parameters from the gradient (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980)."""
         (group,) = self._optimizer.param_groups
         np.add(self._steps.array, 1, out=self._steps.array)
-        self._since_flush += 1
-        if self._since_flush == _FLUSH_EVERY:
+        if self._steps.array[0] % _FLUSH_EVERY == 0:  # by the count that is saved, so that going on is the same
             self._flush()
         _fused_adam(
             *self._adam_arguments,
@@ -154,7 +161,6 @@ class FlatParameters:
         smaller, down to numbers with which processors compute slowly; they do not round to 0. That can double the time
         of a step.
         """
-        self._since_flush = 0
         self._first[np.abs(self._first) < _NOTHING] = 0
 
     def move_target(self, tau: float) -> None:

@@ -27,7 +27,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_scratch_dqn.engines.dense import ACTIVATIONS, DenseNetwork, linear_layers
-from sb3_scratch_dqn.engines.flat import FlatParameters, has_own_way, why_no_adam
+from sb3_scratch_dqn.engines.flat import FlatParameters, has_own_way, hooks_of, why_no_adam
 from sb3_scratch_dqn.engines.products import Floats
 from sb3_scratch_dqn.engines.update import LastUpdate
 from sb3_scratch_dqn.heads import ExpectedHead, ValueHead, huber, squared
@@ -111,7 +111,7 @@ def _why_no_parameters(network: QNetwork) -> str | None:
         if has_own_way(parameter):
             return f"the parameter {name} is frozen or has hooks"
     for name, module in network.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if any(hooks_of(module)):
             return f"the module {name or 'q_net'} has hooks"
     return None
 
