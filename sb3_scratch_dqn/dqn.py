@@ -441,6 +441,17 @@ class ScratchDQN(LeanRollouts):
         self._last_obs = None
         return stored
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle all but what is made of the rest."""
+        made = ("_engine", "_engine_made_of", "_act")
+        return {name: value for name, value in vars(self).items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make again what was not pickled."""
+        vars(self).update(state)
+        if hasattr(self, "policy"):
+            self._choose_engine()
+
     def _excluded_save_params(self) -> list[str]:
         made_by_setup = ["q_net", "q_net_target", "batch_norm_stats", "batch_norm_stats_target"]
         return [

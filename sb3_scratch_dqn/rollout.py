@@ -32,6 +32,11 @@ Step = Callable[[Array], Any]
 # What deepcopy() would give back as it is, or as an equal that cannot change either
 _IMMUTABLE = frozenset({bool, int, float, str, type(None), np.bool_, np.float32, np.float64, np.int64})
 
+# What a lean step goes past, as it was when nobody had patched it yet
+_METHODS = {
+    name: getattr(DummyVecEnv, name) for name in ("step", "step_async", "step_wait", "_save_obs", "_obs_from_buf")
+}
+
 
 class LeanRollouts(EpsilonGreedyAlgorithm):
     """The part of ``ScratchDQN`` that steps the environments."""
@@ -61,7 +66,7 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
         assert train_freq.frequency > 0, "train_freq must be at least one step or episode"
         if env.num_envs > 1:
             assert train_freq.unit == TrainFrequencyUnit.STEP, "episodes can be counted with one environment only"
-        if self.policy.training:  # batch normalisation and dropout
+        if self.policy.training or self.policy.q_net.training:  # batch normalisation and dropout
             self.policy.set_training_mode(False)
         self._choose_how_to_act()
         step, watched = lean_step(env), not _does_nothing(callback)
@@ -101,7 +106,9 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
                 callback.update_locals(seen)
                 if not callback.on_step():
                     return RolloutReturn(num_collected_steps * n_envs, num_collected_episodes, continue_training=False)
-                self._choose_how_to_act()  # the callback may have changed what stands in the way
+                # The callback may have changed what stands in the way
+                self._choose_how_to_act()
+                step = lean_step(env)
 
             self._update_info_buffer(infos, dones)
             self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)
@@ -132,8 +139,8 @@ def lean_step(env: VecEnv) -> Step:
 
     :param env: vectorised environments
     """
-    methods = ("step", "step_async", "step_wait", "_save_obs", "_obs_from_buf")
-    if type(env) is not DummyVecEnv or env.keys != [None] or replaced(env, DummyVecEnv, *methods):
+    patched = any(getattr(DummyVecEnv, name) is not method for name, method in _METHODS.items())
+    if type(env) is not DummyVecEnv or env.keys != [None] or patched or replaced(env, DummyVecEnv, *_METHODS):
         return env.step
     observations = env.buf_obs[None]  # type: ignore[index]  # the key of observations that are no dict
 

@@ -1,11 +1,15 @@
 """The fused engine computes what the eager one does, up to rounding, and notices what it cannot serve."""
 
+import pickle
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import DictEnv, ImageEnv, TimeoutEnv, assert_equal, normalized
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from sb3_scratch_dqn import DQNPolicy, ScratchDQN
@@ -376,3 +380,164 @@ def test_deterministic_algorithms_are_not_chosen_by_the_clock():
         assert products.products_for(128, 512, 512) is products.TORCH
     finally:
         th.use_deterministic_algorithms(False)
+
+
+class Tripled(nn.Sequential):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def unused_parameter(network):
+    network.unused = nn.Parameter(th.ones(2))
+
+
+def no_bias(network):
+    network.q_net[0] = nn.Linear(3, 64, bias=False)
+
+
+def own_layers(network):
+    network.q_net = Tripled(*network.q_net)
+
+
+def tied(network):
+    network.q_net[2].weight = nn.Parameter(th.eye(64))
+    network.q_net[4] = nn.Linear(64, 3)
+    network.q_net[0] = nn.Linear(3, 64)
+    network.q_net.insert(3, network.q_net[2])
+
+
+@pytest.mark.parametrize("change", [unused_parameter, no_bias, own_layers, tied])
+def test_networks_that_only_look_plain_are_left_to_autograd(change):
+    class Policy(DQNPolicy):
+        def make_q_net(self):
+            network = super().make_q_net()
+            change(network)
+            return network
+
+    settings = {**SETTINGS, "policy_kwargs": {"optimizer_kwargs": {"eps": 1e-4, "weight_decay": 0.1}}}
+    eager, auto = (
+        ScratchDQN(Policy, TimeoutEnv(), engine=engine, **settings).learn(80) for engine in ("eager", "auto")
+    )
+    assert auto._engine.title == "the fused engine with autograd"
+    assert_close(eager, auto)
+
+
+def replace_target(model):
+    model.policy.q_net_target = model.policy.make_q_net()
+    model._create_aliases()
+
+
+def replace_layer(model):
+    for network in (model.q_net, model.q_net_target):
+        network.q_net[1] = nn.Tanh()
+
+
+def clear_state(model):
+    model.policy.optimizer.state.clear()
+
+
+def replace_average(model):
+    for state in model.policy.optimizer.state.values():
+        state["exp_avg"] = th.zeros_like(state["exp_avg"])
+
+
+def maximize(model):
+    model.policy.optimizer.param_groups[0]["maximize"] = True
+
+
+def patch_loss(model):
+    own = model.policy.head.losses
+    model.policy.head.losses = lambda outputs, target, loss: own(outputs, 2 * target, loss)
+
+
+def patch_outputs(model):
+    own = model.q_net.outputs
+    model.q_net.outputs = lambda obs: 2 * own(obs)
+
+
+def no_gradients(model):
+    model.policy.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace_target, replace_layer, clear_state, replace_average, maximize, patch_loss, patch_outputs, no_gradients,
+    ],
+)  # fmt: skip
+def test_what_somebody_changes_between_updates_is_heeded(change):
+    def learn(engine):
+        model = make("defaults", engine).learn(60)
+        th.manual_seed(0)
+        change(model)
+        np.random.seed(0)
+        model.train(5, 32)
+        return model
+
+    eager, fused = learn("eager"), learn("auto")
+    assert distance(eager, make("defaults", "eager").learn(60)) > 1e-3
+    assert_close(eager, fused)
+    assert all(parameter.grad is not None for parameter in fused.q_net.parameters())
+
+
+@pytest.mark.parametrize("what", ["hook", "patch", "target"])
+def test_hooks_and_patches_of_the_optimizer_and_the_target_are_called(what):
+    calls = []
+    model = make("defaults", "auto").learn(60)
+    optimizer = model.policy.optimizer
+    if what == "hook":
+        optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    elif what == "patch":
+        step = optimizer.step
+        optimizer.step = lambda: calls.append(1) or step()
+    else:
+        model.q_net_target.q_net[0].register_forward_hook(lambda *_: calls.append(1))
+    model.train(4, 32)
+    assert len(calls) == 4
+    engine = model._engine
+    model.train(1, 32)
+    assert model._engine is engine, "one engine is enough"
+
+
+def test_extractors_that_view_their_images_are_served():
+    class Viewing(BaseFeaturesExtractor):
+        def __init__(self, space):
+            super().__init__(space, 5)
+            self.conv, self.linear = nn.Conv2d(3, 2, 8, 4), nn.Linear(128, 5)
+
+        def forward(self, observations):
+            return self.linear(self.conv(observations).view(len(observations), -1))
+
+    kwargs = {"features_extractor_class": Viewing}
+    model = ScratchDQN("CnnPolicy", LargerImageEnv(), policy_kwargs=kwargs, **{**SETTINGS, "buffer_size": 100})
+    assert model.learn(60)._n_updates == 5
+
+
+def test_small_averages_are_looked_for_while_training():
+    model = make("defaults", "fused").learn(60)
+    average = model.policy.optimizer.state[model.q_net.q_net[0].weight]["exp_avg"]
+    dead = 7
+    with th.no_grad():  # a unit that is never active has no gradient
+        model.q_net.q_net[0].weight[dead] = 0
+        model.q_net.q_net[0].bias[dead] = -1
+    average[dead] = _NOTHING
+    model.train(200, 32)
+    assert not average[dead].any()
+
+
+def test_models_can_be_pickled_and_copied_after_training():
+    model = make("rainbow", "fused").learn(60)
+    for again in (pickle.loads(pickle.dumps(model)), deepcopy(model)):
+        assert_equal(model.get_parameters(), again.get_parameters())
+        before = [parameter.clone() for parameter in model.policy.parameters()]
+        again.train(3, 32)
+        assert_equal(before, list(model.policy.parameters()))
+        assert distance(model, again) > 0
+
+
+def test_losses_that_are_no_numbers_are_no_numbers_in_every_engine():
+    for engine in ("eager", "fused"):
+        model = make("mse", engine, max_grad_norm=float("inf")).learn(50)
+        model.replay_buffer.rewards[:] = 1e19
+        model.train(2, 32)
+        assert model.q_net.q_net[4].bias.isnan().any(), engine

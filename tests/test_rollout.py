@@ -6,10 +6,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import DictEnv, TimeoutEnv, assert_equal, exactly
+from helpers import DictEnv, TimeoutEnv, assert_equal, assert_same_training, exactly
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_parity import SMALL
 
@@ -220,3 +221,41 @@ def test_settings_that_a_callback_changes_in_place_are_heeded():
     model.munchausen_kwargs["alpha"] = 0.25
     model.train(1, 8)
     assert model._engine.objective.munchausen.alpha == 0.25
+
+
+def test_eager_gives_networks_a_copy_that_they_may_write_to():
+    class InPlace(FlattenExtractor):
+        def forward(self, observations):
+            return super().forward(observations.sub_(1.0))
+
+    models = [
+        algorithm(
+            "MlpPolicy",
+            TimeoutEnv(),
+            **{**SMALL, "policy_kwargs": {"features_extractor_class": InPlace}},
+            **exactly(algorithm),
+        ).learn(120)
+        for algorithm in (DQN, ScratchDQN)
+    ]
+    assert_same_training(*models)
+
+
+def test_an_environment_that_a_callback_patches_is_stepped_so_from_then_on():
+    calls = []
+
+    class Patch(BaseCallback):
+        def _on_step(self):
+            if self.n_calls == 30:
+                env, own = self.training_env, self.training_env.step
+                env.step = lambda actions: calls.append(1) or own(actions)
+            return True
+
+    ScratchDQN("MlpPolicy", TimeoutEnv(), **{**SMALL, "train_freq": 100}).learn(100, Patch())
+    assert len(calls) == 70
+
+
+def test_a_class_that_somebody_patched_is_called(monkeypatch):
+    calls, own = [], DummyVecEnv.step_wait
+    monkeypatch.setattr(DummyVecEnv, "step_wait", lambda self: calls.append(1) or own(self))
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), **SMALL).learn(30)
+    assert len(calls) == model.num_timesteps

@@ -218,7 +218,7 @@ def contestants(names: Sequence[str] | None, device: str) -> list[str]:
     """
     if names:
         return list(names)
-    engines = ["eager", "fused"] if device == "cpu" else ["eager", "cuda_graph"]
+    engines = ["eager", "fused"] if device == "cpu" else ["eager"]
     return ["sb3", *engines, *(["sbx"] if find_spec("sbx") else [])]
 
 

@@ -222,7 +222,7 @@ class DenseNetwork:
     def __init__(self, modules: Sequence[nn.Module], trains: bool) -> None:
         self.trains = trains
         self.streams: tuple[list[Layer], list[Layer]] | None = None
-        if isinstance(modules[-1], DuelingStreams):
+        if type(modules[-1]) is DuelingStreams:
             streams = modules[-1]
             self.shape: tuple[int, int] = streams.shape
             self.trunk = _layers(modules[:-1], trains)

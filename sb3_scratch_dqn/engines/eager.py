@@ -3,19 +3,29 @@
 It serves every configuration and is the yardstick of every other engine.
 """
 
+import math
 from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.utils import get_parameters_by_name, obs_as_tensor, polyak_update
 
 from sb3_scratch_dqn.engines.update import LastUpdate
 from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
+from sb3_scratch_dqn.replay.observations import map_observation
 from sb3_scratch_dqn.td import Objective, make_target, td_losses
 
-# Batches that are drawn in one go; more would take memory and save no more time
+# Batches that are drawn in one go, and bytes of observations that they may have; more would save no more time
 _BATCHES_AT_ONCE = 16
+_BYTES_AT_ONCE = 2**22
+
+
+def _batches_at_once(space: spaces.Space[Any], batch_size: int) -> int:
+    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+    one = sum(math.prod(part.shape or ()) * (4 if part.dtype is None else part.dtype.itemsize) for part in parts)
+    return max(1, min(_BATCHES_AT_ONCE, _BYTES_AT_ONCE // (2 * batch_size * max(one, 1))))
 
 
 class EagerEngine:
@@ -57,7 +67,7 @@ class EagerEngine:
         policy.set_training_mode(True)
         target = make_target(self.objective, policy.q_net, policy.q_net_target, policy.head)
         parameters = list(policy.q_net.parameters())
-        at_once = _BATCHES_AT_ONCE if source.ahead else 1
+        at_once = _batches_at_once(policy.observation_space, source.batch_size) if source.ahead else 1
         losses = []
         for begin in range(0, gradient_steps, at_once):
             n_batches = min(at_once, gradient_steps - begin)
@@ -86,10 +96,12 @@ class EagerEngine:
         :return: ``(B,)``
         """
         policy = self.policy
-        if policy.training:
+        if policy.training or policy.q_net.training:
             policy.set_training_mode(False)
+        # A copy, because networks may write to what they get
+        copy = map_observation(np.array, observation)
         with th.no_grad(), policy.q_net.noise():
-            actions: np.ndarray = policy.q_net._predict(obs_as_tensor(observation, policy.device)).cpu().numpy()
+            actions: np.ndarray = policy.q_net._predict(obs_as_tensor(copy, policy.device)).cpu().numpy()
         return actions
 
     def move_target(self, tau: float) -> None:

@@ -1,12 +1,13 @@
 """Parameters, gradients and the state of Adam as views of a few flat tensors.
 
-So one call updates them all, and so does one for the target network. Everyone else finds them where they were: the
-parameters stay the same objects, and ``state_dict``, ``load_state_dict``, saving and callbacks read and write the same
-memory. What puts other memory in its place, such as the loading of an optimiser's state, is noticed
+So one call updates them all, and so does one for the target network. They move there once, at the first action or
+gradient step. The parameters stay the same objects, and ``state_dict``, ``load_state_dict``, saving and callbacks read
+and write the same memory from then on. What puts other memory, parameters or layers in their place is noticed
 (:meth:`FlatParameters.outdated`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch as th
 from torch import nn
 
 from sb3_scratch_dqn.engines.products import both
+from sb3_scratch_dqn.overriding import replaced
 from sb3_scratch_dqn.policies import DQNPolicy
 
 # Steps between looks for averages that are too small to matter, and how small that is: in so many steps, at Adam's
@@ -22,7 +24,7 @@ _FLUSH_EVERY = 128
 _NOTHING = 1e-31
 
 # What must be off in an optimiser's settings
-_UNKNOWN_SETTINGS = ("amsgrad", "maximize", "differentiable", "capturable")
+_UNKNOWN_SETTINGS = ("amsgrad", "maximize", "differentiable", "capturable", "decoupled_weight_decay")
 
 
 def why_no_adam(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> str | None:
@@ -40,12 +42,27 @@ def why_no_adam(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter
     (group,) = optimizer.param_groups
     if [id(one) for one in group["params"]] != [id(one) for one in parameters]:
         return "the optimizer trains other parameters than those of the online network"
-    for name in (*_UNKNOWN_SETTINGS, "decoupled_weight_decay"):
+    for name in _UNKNOWN_SETTINGS:
         if group.get(name):
             return f"Adam has {name}={group[name]!r}"
+    if replaced(optimizer, th.optim.Adam, "zero_grad") or "step" in vars(optimizer):
+        return "methods of the optimizer were patched, as schedulers of learning rates do"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "the optimizer has hooks"
     if isinstance(group["lr"], th.Tensor):
         return "the learning rate of the optimizer is a tensor"
     return None
+
+
+# Methods that somebody may patch, and then wants to see called
+_PATCHED = frozenset(
+    ("outputs", "forward", "evaluate", "target_outputs", "values_given", "extract_features", "_predict", "noise")
+) | frozenset(("q_values", "backup", "losses", "moments"))
+
+
+def is_patched(instance: object) -> bool:
+    """Whether somebody patched a method of this network or head."""
+    return not _PATCHED.isdisjoint(vars(instance))
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -80,19 +97,36 @@ class FlatParameters:
         self._online, self._both_networks = online, [*online, *target]
         self.parameters, self.target = self._flatten(online), self._flatten(target)
         self.gradient = both(th.zeros_like(self.parameters))
-        for parameter, view in zip(online, _views(self.gradient.tensor, online), strict=True):
-            parameter.grad = view
+        self._gradients = list(_views(self.gradient.tensor, online))
+        self.show_gradients()
         self._arrange_state(online)
+        self._places = [
+            *((vars(policy), "head", policy.head), (policy._modules, "q_net", policy.q_net)),
+            (policy._modules, "q_net_target", policy.q_net_target),
+            *(
+                (held, name, value)
+                for module in (*policy.q_net.modules(), *policy.q_net_target.modules())
+                for held in (module._modules, module._parameters)
+                for name, value in held.items()
+            ),
+            *((state, name, value) for state in self._states for name, value in state.items()),
+        ]
+        self._patchable = (policy.q_net, policy.q_net_target, policy.head)
         # Whatever hooks hang on, now or later, sees every step only in autograd's way
         self._hooks: list[Any] = [
             hooks for module in (*policy.q_net.modules(), *policy.q_net_target.modules()) for hooks in hooks_of(module)
         ]
-        self._hooks += [policy.optimizer._optimizer_step_pre_hooks, policy.optimizer._optimizer_step_post_hooks]
         self._pointers = [parameter.data_ptr() for parameter in self._both_networks]
+
+    def show_gradients(self) -> None:
+        """Let the parameters have these gradients, as they have them after autograd."""
+        for parameter, view in zip(self._online, self._gradients, strict=True):
+            if parameter.grad is not view:
+                parameter.grad = view
 
     @staticmethod
     def _flatten(parameters: list[nn.Parameter]) -> th.Tensor:
-        flat = th.zeros(sum(map(_room, parameters)))
+        flat = th.zeros(sum(map(_room, parameters)), dtype=th.float32)
         for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
@@ -104,7 +138,7 @@ class FlatParameters:
         first, second = th.zeros_like(self.parameters), th.zeros_like(self.parameters)
         self._first = first.numpy()
         # Each parameter has a count of its own, so that Adam itself could go on from here
-        self._steps = both(th.zeros(len(online)))
+        self._steps = both(th.zeros(len(online), dtype=th.float32))
         views = zip(online, _views(first, online), _views(second, online), self._steps.tensor, strict=True)
         for parameter, average, square, step in views:
             state = optimizer.state[parameter]
@@ -113,6 +147,7 @@ class FlatParameters:
                 square.copy_(state["exp_avg_sq"])
                 step.copy_(th.as_tensor(state["step"]))
             state.update(step=step, exp_avg=average, exp_avg_sq=square)
+        self._states = list(optimizer.state.values())
         if bool((self._steps.array == self._steps.array[0]).all()):
             arguments: tuple[Any, ...] = (
                 [self.parameters],
@@ -129,9 +164,15 @@ class FlatParameters:
 
     def outdated(self) -> bool:
         """Whether somebody put other memory in the place of this, or hung up hooks that want to see it."""
+        optimizer = self._optimizer
         return (
-            self._policy.optimizer is not self._optimizer
-            or self._optimizer.state is not self._state
+            self._policy.optimizer is not optimizer
+            or optimizer.state is not self._state
+            or len(self._state) != len(self._states)
+            or not all(map(is_, self._state.values(), self._states))
+            or not all(held.get(name) is value for held, name, value in self._places)
+            or any(map(is_patched, self._patchable))
+            or why_no_adam(optimizer, self._online) is not None
             or [parameter.data_ptr() for parameter in self._both_networks] != self._pointers
             or any(self._hooks)
             or any(map(has_own_way, self._online))

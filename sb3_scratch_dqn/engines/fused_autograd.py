@@ -9,11 +9,20 @@ What it computes differs from the eager engine by rounding alone.
 from typing import ClassVar
 
 import torch as th
+from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
+from torch import nn
 
 from sb3_scratch_dqn.engines.eager import EagerEngine
 from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.td import Objective
+
+
+def _takes_any_format(extractor: nn.Module) -> bool:
+    """Whether an extractor is known not to care how images lie in memory, as one that calls ``view`` on them would."""
+    if type(extractor) is CombinedExtractor:
+        return all(type(one) in (NatureCNN, nn.Flatten) for one in extractor.extractors.values())
+    return type(extractor) is NatureCNN
 
 
 class FusedAutogradEngine(EagerEngine):
@@ -47,6 +56,8 @@ class FusedAutogradEngine(EagerEngine):
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
         """Take some gradient steps; see :meth:`EagerEngine.train`."""
         network = self.policy.q_net
+        if not _takes_any_format(network.features_extractor):
+            return super().train(source, gradient_steps, max_grad_norm)
         network.image_format = th.channels_last
         try:
             return super().train(source, gradient_steps, max_grad_norm)

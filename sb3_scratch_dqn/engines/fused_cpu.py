@@ -14,7 +14,7 @@ calls as possible:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -27,7 +27,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_scratch_dqn.engines.dense import ACTIVATIONS, DenseNetwork, linear_layers
-from sb3_scratch_dqn.engines.flat import FlatParameters, has_own_way, hooks_of, why_no_adam
+from sb3_scratch_dqn.engines.flat import FlatParameters, has_own_way, hooks_of, is_patched, why_no_adam
 from sb3_scratch_dqn.engines.products import Floats
 from sb3_scratch_dqn.engines.update import LastUpdate
 from sb3_scratch_dqn.heads import ExpectedHead, ValueHead, huber, squared
@@ -67,16 +67,24 @@ def _why_not(policy: DQNPolicy) -> str | None:
     network = policy.q_net
     if policy.device.type != "cpu":
         return f"device={policy.device.type!r} is not 'cpu'"
-    if type(network) is not QNetwork or replaced(network, QNetwork, "outputs", "forward", "evaluate"):
-        return f"the network is a {type(network).__name__}, not a plain QNetwork"
-    if replaced(policy, DQNPolicy, "noise"):
-        return f"{type(policy).__name__} overrides noise()"
+    for one in (network, policy.q_net_target):
+        if type(one) is not QNetwork:
+            return f"the network is a {type(one).__name__}, not a plain QNetwork"
+        if is_patched(one):
+            return "a method of the network was patched"
+        if type(one.q_net) is not nn.Sequential or len(one.q_net) == 0:
+            return f"the layers are a {type(one.q_net).__name__}, not a plain Sequential"
+    if is_patched(policy.head) or replaced(policy, DQNPolicy, "noise"):
+        return "a method of the head or the policy was replaced"
     if not _only_flattens(network.features_extractor):
         return f"features_extractor_class={type(network.features_extractor).__name__} does more than flatten"
-    reason = _why_no_layers(list(network.q_net)) or _why_no_parameters(network)
-    if reason is None:
-        reason = why_no_adam(policy.optimizer, network.parameters())
-    return reason
+    return (
+        _why_no_layers(list(network.q_net))
+        or _why_no_layers(list(policy.q_net_target.q_net))
+        or _why_no_parameters(network)
+        or _why_no_parameters(policy.q_net_target)
+        or why_no_adam(policy.optimizer, network.parameters())
+    )
 
 
 def _only_flattens(extractor: nn.Module) -> bool:
@@ -87,7 +95,7 @@ def _only_flattens(extractor: nn.Module) -> bool:
 
 
 def _why_no_layers(modules: list[nn.Module]) -> str | None:
-    if isinstance(modules[-1], DuelingStreams):
+    if type(modules[-1]) is DuelingStreams:
         for stream in (modules[-1].value, modules[-1].advantage):
             reason = _why_no_layers(list(stream))
             if reason is not None:
@@ -104,7 +112,22 @@ def _why_no_layers(modules: list[nn.Module]) -> str | None:
     return None
 
 
+def _linear(modules: list[nn.Module]) -> Iterator[nn.Module]:
+    """The linear layers, as often as they are used."""
+    for module in modules:
+        if isinstance(module, nn.Linear | NoisyLinear):
+            yield module
+        elif isinstance(module, DuelingStreams):
+            yield from _linear([*module.value, *module.advantage])
+
+
 def _why_no_parameters(network: QNetwork) -> str | None:
+    used = [parameter for layer in _linear(list(network.q_net)) for parameter in layer._parameters.values()]
+    if any(one is None for one in used):
+        return "a layer has no bias"
+    # named_parameters() leaves out what comes twice
+    if list(map(id, used)) != [id(parameter) for parameter in network.parameters()]:
+        return "layers share parameters, or the network has others than those of its layers"
     for name, parameter in network.named_parameters():
         if parameter.dtype != th.float32:
             return f"the parameter {name} has dtype {parameter.dtype}, not torch.float32"
@@ -163,7 +186,12 @@ class FusedEngine:
         """
         if self._flat is None:
             self._attach()
+        with np.errstate(all="ignore"):  # training that diverges is as silent as in PyTorch
+            return self._train(source, gradient_steps, max_grad_norm)
+
+    def _train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
         assert self._flat is not None
+        self._flat.show_gradients()
         flat, learner, batch_size = self._flat, self._learner, source.batch_size
         # With noise, the target network is another one in each step
         ahead = source.ahead and not self._online.noisy
@@ -172,9 +200,10 @@ class FusedEngine:
         norm = 0.0
         for begin in range(0, gradient_steps, at_once):
             n_batches = min(at_once, gradient_steps - begin)
-            self._online.draw_noise(batch_size, trains=True)
-            self._target.draw_noise(batch_size, trains=False)
             batches = source.draw_arrays(n_batches)
+            rows = len(batches.actions)
+            self._online.draw_noise(rows, trains=True)
+            self._target.draw_noise(rows, trains=False)
             learner.prepare(batches, n_batches)
             for number in range(n_batches):
                 loss, priorities = learner.backward(number)
@@ -192,7 +221,7 @@ class FusedEngine:
         gradient = self._flat.gradient.array
         norm = math.sqrt(np.dot(gradient, gradient))
         coefficient = max_norm / (norm + 1e-6)
-        if coefficient < 1:
+        if not coefficient >= 1:  # also if it is no number
             np.multiply(gradient, np.float32(coefficient), gradient)
         return norm
 

@@ -41,7 +41,7 @@ def both(tensor: th.Tensor) -> Both:
 
 def empty(*shape: int) -> Both:
     """Memory with nothing in it yet."""
-    return both(th.empty(shape))
+    return both(th.empty(shape, dtype=th.float32))
 
 
 # A call that is made over and over with the same arguments
@@ -116,7 +116,7 @@ def products_for(rows: int, n_inputs: int, n_outputs: int) -> Products:
 @lru_cache(maxsize=1)
 def _has_onednn() -> bool:
     """Whether the way to oneDNN, which PyTorch does not document, is there and computes what it should."""
-    x, w, out = th.arange(6.0).view(2, 3), th.arange(12.0).view(4, 3), th.empty(2, 4)
+    x, w, out = (th.arange(float(n), dtype=th.float32).view(-1, k) for n, k in ((6, 3), (12, 3), (8, 4)))
     try:
         _onednn(x, w, None, out)
     except (AttributeError, RuntimeError, TypeError):
@@ -127,7 +127,7 @@ def _has_onednn() -> bool:
 @lru_cache(maxsize=256)
 def _timed(rows: int, n_inputs: int, n_outputs: int, _threads: int) -> Products:
     # Not the global generator, whose numbers are for training
-    random = partial(th.rand, generator=th.Generator().manual_seed(0))
+    random = partial(th.rand, dtype=th.float32, generator=th.Generator().manual_seed(0))
     x, w, b = (both(random(shape)) for shape in ((rows, n_inputs), (n_outputs, n_inputs), (n_outputs,)))
     g, to_w, to_x = (empty(*shape) for shape in ((rows, n_outputs), (n_outputs, n_inputs), (rows, n_inputs)))
 
