@@ -361,7 +361,9 @@ class ScratchDQN(LeanRollouts):
         :param batch_size: transitions in each
         """
         assert self.replay_buffer is not None
-        engine = self._current_engine()
+        # Subclasses may have changed something on the way here
+        looked, self._looked_at_engine = self._looked_at_engine and type(self) is ScratchDQN, False
+        engine = self._engine if looked else self._current_engine()
         self._update_learning_rate(self.policy.optimizer)
         if isinstance(self.replay_buffer, ScratchReplayBuffer):
             self.replay_buffer.sampler.progressed(self._current_progress_remaining)
@@ -464,6 +466,7 @@ class ScratchDQN(LeanRollouts):
             "_masks",
             "_act",
             "_stores_plainly",
+            "_looked_at_engine",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

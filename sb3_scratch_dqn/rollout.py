@@ -126,6 +126,7 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
             if watched:
                 seen.update(idx=idx, done=dones[idx])
         callback.on_rollout_end()
+        self._looked_at_engine = not watched
         return RolloutReturn(num_collected_steps * n_envs, num_collected_episodes, continue_training=True)
 
 
