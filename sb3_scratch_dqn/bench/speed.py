@@ -36,6 +36,19 @@ _ONE_THREAD = {
 _ZOO_NET = {"net_arch": [256, 256]}
 
 
+# Of the Zoo, for LunarLander and Acrobot alike
+_ZOO_LANDER = {
+    "learning_rate": 6.3e-4,
+    "batch_size": 128,
+    "buffer_size": 50_000,
+    "learning_starts": 0,
+    "target_update_interval": 250,
+    "train_freq": 4,
+    "gradient_steps": -1,
+    "policy_kwargs": _ZOO_NET,
+}
+
+
 class Case(NamedTuple):
     """What is trained.
 
@@ -76,16 +89,7 @@ CASES = {
         "the Zoo's LunarLander",
         "LunarLander-v3",
         1_000,
-        {
-            "learning_rate": 6.3e-4,
-            "batch_size": 128,
-            "buffer_size": 50_000,
-            "learning_starts": 0,
-            "target_update_interval": 250,
-            "train_freq": 4,
-            "gradient_steps": -1,
-            "policy_kwargs": _ZOO_NET,
-        },
+        _ZOO_LANDER,
     ),
     "mountaincar": Case(
         "the Zoo's MountainCar",
@@ -107,16 +111,7 @@ CASES = {
         "the Zoo's Acrobot",
         "Acrobot-v1",
         1_000,
-        {
-            "learning_rate": 6.3e-4,
-            "batch_size": 128,
-            "buffer_size": 50_000,
-            "learning_starts": 0,
-            "target_update_interval": 250,
-            "train_freq": 4,
-            "gradient_steps": -1,
-            "policy_kwargs": _ZOO_NET,
-        },
+        _ZOO_LANDER,
     ),
     "cleanrl": Case(
         "CleanRL's `dqn.py` settings, CartPole",

@@ -309,14 +309,12 @@ class NetworkPass:
         :param observations: ``(B, n_inputs)``, of any dtype
         """
         np.copyto(self.x.array, observations, casting="unsafe")
-        for function, arguments in self._forward:
-            function(*arguments)
+        run(self._forward)
         return self.out.array
 
     def backward(self) -> None:
         """Write the gradients of all parameters."""
-        for function, arguments in self._backward:
-            function(*arguments)
+        run(self._backward)
 
 
 def _combine(value: Floats, advantage: Floats, out: Floats, shape: tuple[int, int]) -> list[Call]:

@@ -56,8 +56,11 @@ def why_no_adam(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter
 
 # Methods that somebody may patch, and then wants to see called
 _PATCHED = frozenset(
-    ("outputs", "forward", "evaluate", "target_outputs", "values_given", "extract_features", "_predict", "noise")
-) | frozenset(("q_values", "backup", "losses", "moments"))
+    {
+        *("outputs", "forward", "evaluate", "target_outputs", "values_given", "extract_features", "_predict", "noise"),
+        *("q_values", "backup", "losses", "moments"),  # of heads
+    }
+)
 
 
 def is_patched(instance: object) -> bool:
@@ -100,8 +103,10 @@ class FlatParameters:
         self._gradients = list(_views(self.gradient.tensor, online))
         self.show_gradients()
         self._arrange_state(online)
+        # What must stay where it is: a dict, a name in it, and the object of that name
         self._places = [
-            *((vars(policy), "head", policy.head), (policy._modules, "q_net", policy.q_net)),
+            (vars(policy), "head", policy.head),
+            (policy._modules, "q_net", policy.q_net),
             (policy._modules, "q_net_target", policy.q_net_target),
             *(
                 (held, name, value)
