@@ -1,11 +1,15 @@
 """The command line of the benchmarks."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch as th
 
 from sb3_scratch_dqn.bench import replay, speed
+from sb3_scratch_dqn.bench.grid import BACKENDS, run_all
+from sb3_scratch_dqn.bench.plan import make_plan
 from sb3_scratch_dqn.engines import ENGINE_NAMES
 
 
@@ -43,10 +47,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     speed_parser.add_argument("--n-envs", type=_positive, help="environments in each case (default: 1)")
     speed_parser.add_argument("--train-freq", type=_positive, help="steps between updates (default: the case's own)")
     speed_parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
+    run_parser = commands.add_parser(
+        "run",
+        help="train algorithms side by side",
+        description="Train algorithms in environments, with many seeds, and leave a file of each run. "
+        "Runs that are there already are not made again, so it can be stopped and started again.",
+    )
+    _add_run_arguments(run_parser)
     options = parser.parse_args(arguments)
     th.set_num_threads(1)
     if options.command == "replay":
         print(replay.run(options.rounds, options.largest, options.images))
+        return
+    if options.command == "run":
+        try:
+            _run(options)
+        except ValueError as error:
+            run_parser.error(str(error))
         return
     unknown = [name for name in options.cases if name not in speed.CASES]
     if unknown:
@@ -58,6 +75,60 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [speed.CASES[name] for name in options.cases or speed.CASES]
     cases = [speed.changed(case, options.n_envs, options.train_freq) for case in chosen]
     print(speed.run(cases, options.contestants, options.rounds, options.device))
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--algos",
+        nargs="+",
+        required=True,
+        metavar="ALGO[:SETTINGS]",
+        help="names of the Zoo, and behind a colon a settings file or preset, as --conf-file takes it",
+    )
+    parser.add_argument("--envs", nargs="+", required=True, metavar="ENV", help="names of environments")
+    parser.add_argument("--seeds", type=_positive, default=10, metavar="N", help="seeds 0 to N - 1 (default: 10)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the files of the runs go")
+    parser.add_argument(
+        "-n", "--n-timesteps", type=_positive, metavar="N", help="steps of every run (default: what its settings say)"
+    )
+    parser.add_argument(
+        "--evaluations", type=_positive, default=20, metavar="N", help="of every run, evenly spaced (default: 20)"
+    )
+    parser.add_argument("--eval-episodes", type=_positive, default=10, metavar="N", help="of each (default: 10)")
+    parser.add_argument("--same-settings", metavar="ALGO", help="all get the settings of this algorithm")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
+    parser.add_argument(
+        "--gym-packages", nargs="+", default=[], metavar="MODULE", help="modules that register environments"
+    )
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="runs at a time (default: one a processor)")
+    parser.add_argument("--backend", choices=BACKENDS, default="loky", help="what runs them (default: loky)")
+    parser.add_argument("--address", help="of a cluster of Ray or Dask (default: one is made on this machine)")
+    parser.add_argument("--retry-failed", action="store_true", help="make those runs again that failed")
+
+
+def _run(options: argparse.Namespace) -> None:
+    plan = make_plan(
+        options.algos,
+        options.envs,
+        options.seeds,
+        options.n_timesteps,
+        options.evaluations,
+        options.eval_episodes,
+        options.device,
+        options.same_settings,
+        options.gym_packages,
+    )
+    try:
+        results = run_all(plan, options.out, options.backend, options.address, options.jobs, options.retry_failed)
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on where this one was", file=sys.stderr)
+        sys.exit(130)
+    failed = [result for result in results if not result.done]
+    for result in failed:
+        print(f"{result.path} failed: {result.error}", file=sys.stderr)
+    print(f"{len(results) - len(failed)} of {len(results)} runs are done, in {options.out}")
+    if failed:
+        sys.exit(1)
 
 
 def _positive(text: str) -> int:
