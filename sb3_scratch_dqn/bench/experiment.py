@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
@@ -146,6 +147,7 @@ def describe(run: Run) -> dict[str, Any]:
         "algo": run.algo,
         "env": run.env,
         "seed": run.seed,
+        "reward_threshold": gym.spec(run.env).reward_threshold,  # at which it counts as solved
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "commit": _commit(),

@@ -175,11 +175,7 @@ def make_plan(
     :return: the runs, those with the same seed beside each other
     :raises ValueError: if something is unknown, or cannot be compared
     """
-    for package in gym_packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ValueError(f"--gym-packages {package!r} cannot be imported: {error}") from error
+    _import(gym_packages)
     exp_manager = zoo()
     _check_unique("--algos", algos)
     _check_unique("--envs", envs)
@@ -211,9 +207,7 @@ def make_plan(
             lengths[algo] = _check_settings(run, exp_manager.ALGOS[split(algo)[0]])
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{length:,} for {algo}" for algo, length in lengths.items())
-            raise ValueError(
-                f"{env} is trained for {told} steps; to be compared it must be the same: -n gives a number"
-            )
+            raise ValueError(f"{env} is trained for {told} steps; they must be the same; -n gives a number")
         n_steps = lengths[algos[0]]
         if n_steps < n_evaluations:
             raise ValueError(f"--evaluations {n_evaluations} must be at most the {n_steps} steps of a run")
@@ -223,6 +217,15 @@ def make_plan(
             for algo in algos
         ]
     return plan
+
+
+def _import(packages: Iterable[str]) -> None:
+    package = ""
+    try:
+        for package in packages:
+            importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"--gym-packages {package!r} cannot be imported: {error}") from error
 
 
 def _check_unique(argument: str, names: Sequence[str]) -> None:
