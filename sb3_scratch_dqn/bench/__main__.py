@@ -10,6 +10,8 @@ import torch as th
 from sb3_scratch_dqn.bench import replay, speed
 from sb3_scratch_dqn.bench.grid import BACKENDS, run_all
 from sb3_scratch_dqn.bench.plan import make_plan
+from sb3_scratch_dqn.bench.report import write_report
+from sb3_scratch_dqn.bench.speed_results import save_speed
 from sb3_scratch_dqn.engines import ENGINE_NAMES
 
 
@@ -47,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     speed_parser.add_argument("--n-envs", type=_positive, help="environments in each case (default: 1)")
     speed_parser.add_argument("--train-freq", type=_positive, help="steps between updates (default: the case's own)")
     speed_parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
+    speed_parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="a folder of results, whose report is to have the figures too"
+    )
     run_parser = commands.add_parser(
         "run",
         help="train algorithms side by side",
@@ -54,6 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Runs that are there already are not made again, so it can be stopped and started again.",
     )
     _add_run_arguments(run_parser)
+    report_parser = commands.add_parser(
+        "report",
+        help="compare what run left",
+        description="Write a report on the files that run left: report.md with its figures, and report.html.",
+    )
+    report_parser.add_argument("results", type=Path, metavar="FOLDER", help="the folder that run wrote to")
+    report_parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the report (default: FOLDER/report)")
+    report_parser.add_argument(
+        "--reference", metavar="ALGO", help="what the others are compared with (default: dqn, if it is there)"
+    )
     options = parser.parse_args(arguments)
     th.set_num_threads(1)
     if options.command == "replay":
@@ -65,6 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ValueError as error:
             run_parser.error(str(error))
         return
+    if options.command == "report":
+        try:
+            print(write_report(options.results, options.out, options.reference))
+        except ValueError as error:
+            report_parser.error(str(error))
+        return
     unknown = [name for name in options.cases if name not in speed.CASES]
     if unknown:
         speed_parser.error(f"CASE {unknown[0]!r} must be one of {', '.join(speed.CASES)}")
@@ -74,7 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         speed_parser.error(f"--contestants {unknown[0]!r} must be one of {', '.join(known)}")
     chosen = [speed.CASES[name] for name in options.cases or speed.CASES]
     cases = [speed.changed(case, options.n_envs, options.train_freq) for case in chosen]
-    print(speed.run(cases, options.contestants, options.rounds, options.device))
+    measured = speed.run(cases, options.contestants, options.rounds, options.device)
+    print("\n\n".join(one.markdown() for one in measured))
+    if options.out:
+        print(f"Kept in {save_speed(measured, options.out)}", file=sys.stderr)
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:

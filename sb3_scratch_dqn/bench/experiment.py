@@ -7,16 +7,12 @@ ends nothing else.
 import importlib
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
 import warnings
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +23,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
-from sb3_scratch_dqn.bench.machine import hardware, peak_memory
+from sb3_scratch_dqn.bench.machine import origin, peak_memory
 from sb3_scratch_dqn.bench.plan import FORMAT, Run, evaluation_steps, experiment, zoo
 
 # Evaluation must not see the episodes that training sees
 _EVALUATION_SEED = 1_000_000
-
-_PACKAGES = ("sb3-scratch-dqn", "stable-baselines3", "sb3-contrib", "rl_zoo3", "torch", "gymnasium", "numpy")
 
 
 class Evaluate(BaseCallback):
@@ -108,7 +102,7 @@ def train(run: Run) -> dict[str, Any]:
     if run.device == "cpu":
         # The same file again, should the run be repeated: no kernel is chosen by the clock
         th.use_deterministic_algorithms(True, warn_only=True)
-        th.utils.deterministic.fill_uninitialized_memory = False
+        th.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is made so
     with tempfile.TemporaryDirectory() as folder:
         manager, as_in_file, settings = experiment(run, folder)
         env = manager.create_envs(manager.n_envs, no_log=True)
@@ -148,37 +142,8 @@ def describe(run: Run) -> dict[str, Any]:
         "env": run.env,
         "seed": run.seed,
         "reward_threshold": gym.spec(run.env).reward_threshold,  # at which it counts as solved
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        "commit": _commit(),
-        "hardware": hardware(run.device),
+        **origin(run.device),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """Of the checkout that this package lies in; ``None`` if it lies in none."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    commit = _git(root, "rev-parse", "HEAD")
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "sb3_scratch_dqn", "hyperparams")
-    return f"{commit} with changes" if commit and changed else commit or None
-
-
-def _git(root: Path, *arguments: str) -> str:
-    try:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def _end_with_parent() -> None:

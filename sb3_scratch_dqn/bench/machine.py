@@ -3,7 +3,10 @@
 import os
 import platform
 import resource
+import subprocess
 import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ ONE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
 }
+
+_PACKAGES = ("sb3-scratch-dqn", "stable-baselines3", "sb3-contrib", "rl_zoo3", "torch", "gymnasium", "numpy")
 
 
 def n_cores() -> int:
@@ -51,3 +56,42 @@ def hardware(device: str) -> dict[str, Any]:
         "system": platform.platform(),
         "gpu": th.cuda.get_device_name() if device == "cuda" else None,
     }
+
+
+def origin(device: str) -> dict[str, Any]:
+    """When, where and with what something is measured, ready for JSON.
+
+    :param device: where something is trained
+    """
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "commit": _commit(),
+        "hardware": hardware(device),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package lies in; ``None`` if it lies in none."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    commit = _git(root, "rev-parse", "HEAD")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "sb3_scratch_dqn", "hyperparams")
+    return f"{commit} with changes" if commit and changed else commit or None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -91,7 +91,7 @@ def result_of(known: dict[str, Any], path: str) -> Result:
             raise ValueError(f"{path} is broken: its curve holds {error}; remove it, and run again") from error
         if not np.isfinite(returns).all():
             raise ValueError(f"{path} is broken: its returns are not finite; remove it, and run again")
-    error = known.get("error") or {}
+    failure = known.get("error") or {}
     return Result(
         algo=known["algo"],
         env=known["env"],
@@ -104,7 +104,7 @@ def result_of(known: dict[str, Any], path: str) -> Result:
         steps_per_second=float(known.get("steps_per_second", 0)),
         peak_memory=int(known.get("peak_memory_bytes", 0)),
         wall_seconds=float(known.get("wall_seconds", 0)),
-        error=f"{error.get('type')}: {error.get('message')}" if error else "",
+        error=f"{failure.get('type')}: {failure.get('message')}" if failure else "",
         known=known,
         path=path,
     )

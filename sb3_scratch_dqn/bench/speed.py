@@ -7,8 +7,6 @@ rounds, above 1 where ours is faster.
 
 import multiprocessing
 import os
-import resource
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,15 +21,8 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_scratch_dqn.bench.timing import table
-
-# One thread for each library that has threads of its own
-_ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-}
+from sb3_scratch_dqn.bench.machine import ONE_THREAD, origin, peak_memory
+from sb3_scratch_dqn.bench.speed_results import Figures, Measured, Round
 
 _ZOO_NET = {"net_arch": [256, 256]}
 
@@ -236,17 +227,6 @@ def _make(contestant: str, case: Case, device: str) -> Any:
     return ScratchDQN(case.policy, env, device=device, engine=contestant, **common)
 
 
-class Round(NamedTuple):
-    """One measurement, in seconds.
-
-    :param learning: of ``learn()``, for the steps of the case
-    :param updating: of one update
-    """
-
-    learning: float
-    updating: float
-
-
 def _work(connection: Connection, contestant: str, case: Case, device: str, processor: int | None) -> None:
     """What a process does: warm up, then take a measurement whenever it is told to."""
     if processor is not None:
@@ -270,27 +250,15 @@ def _work(connection: Connection, contestant: str, case: Case, device: str, proc
                 th.cuda.synchronize()
             end = time.perf_counter()
             connection.send(Round(middle - begin, (end - middle) / updates / gradient_steps))
-        scale = 1 if sys.platform == "darwin" else 1024
-        connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
+        connection.send(peak_memory())
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
 
 
-class Figures(NamedTuple):
-    """What was measured of one contestant.
-
-    :param rounds: in their order
-    :param peak: the most memory that its process had, in bytes
-    """
-
-    rounds: list[Round]
-    peak: int
-
-
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _ONE_THREAD}
-    os.environ.update(_ONE_THREAD)
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(ONE_THREAD)
     try:
         yield
     finally:
@@ -351,32 +319,6 @@ def measure(case: Case, names: Sequence[str], rounds: int, device: str) -> dict[
     return {name: figures.get(name, failed.get(name, "")) for name in names}
 
 
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    ratios = sorted(their / our for our, their in zip(ours, theirs, strict=True))
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-
-
-def report(case: Case, measured: dict[str, Figures | str]) -> str:
-    """The table of a case, in Markdown.
-
-    :param case: what was trained
-    :param measured: as :func:`measure` gave it
-    """
-    good = {name: figures for name, figures in measured.items() if isinstance(figures, Figures)}
-    references = [name for name in ("sb3", "sbx") if name in good]
-    header = ["", "steps/s", "updates/s", *(f"x {name}, learn()" for name in references)]
-    header += [*(f"x {name}, updates" for name in references), "peak memory"]
-    rows = []
-    for name, figures in good.items():
-        learning, updating = ([getattr(one, kind) for one in figures.rounds] for kind in Round._fields)
-        row = [name, f"{case.steps / statistics.median(learning):,.0f}", f"{1 / statistics.median(updating):,.0f}"]
-        for kind, own in (("learning", learning), ("updating", updating)):
-            row += [_ratio(own, [getattr(one, kind) for one in good[other].rounds]) for other in references]
-        rows.append([*row, f"{figures.peak / 2**20:,.0f} MiB"])
-    failures = [f"\n{name}: {reason}" for name, reason in measured.items() if isinstance(reason, str)]
-    return "\n".join([table(header, rows), *failures])
-
-
 def changed(case: Case, n_envs: int | None, train_freq: int | None) -> Case:
     """A case with other settings.
 
@@ -393,19 +335,18 @@ def changed(case: Case, n_envs: int | None, train_freq: int | None) -> Case:
     return case
 
 
-def run(cases: Sequence[Case], names: Sequence[str] | None, rounds: int, device: str) -> str:
+def run(cases: Sequence[Case], names: Sequence[str] | None, rounds: int, device: str) -> list[Measured]:
     """Measure some cases, telling on stderr what is going on.
 
     :param cases: such as those in ``CASES``
     :param names: of the contestants, as in :func:`contestants`
     :param rounds: how often each is measured
     :param device: ``"cpu"`` or ``"cuda"``
-    :return: the tables, in Markdown
     """
-    texts = []
+    measured = []
     for case in cases:
         print(f"{case.title} ...", file=sys.stderr, flush=True)
-        text = f"### {case.title}\n\n{report(case, measure(case, contestants(names, device), rounds, device))}"
-        print(text, file=sys.stderr, flush=True)
-        texts.append(text)
-    return "\n\n".join(texts)
+        figures = measure(case, contestants(names, device), rounds, device)
+        measured.append(Measured(case.title, case.steps, figures, origin(device)))
+        print(measured[-1].markdown(), file=sys.stderr, flush=True)
+    return measured
