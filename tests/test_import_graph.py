@@ -37,7 +37,7 @@ ALLOWED = {
         "acting", "checks", "conversion", "engines", "exploration", "files", "heads", "networks", "policies",
         "overriding", "prefill", "replay", "replay_setup", "rollout", "settings", "target_sync", "td",
     },
-    "bench": {"dqn", "engines", "replay"},
+    "bench": {"checks", "dqn", "engines", "replay", "zoo"},
     "zoo": {"dqn", "search_space"},
     "__init__": {"dqn", "policies", "replay"},
 }  # fmt: skip

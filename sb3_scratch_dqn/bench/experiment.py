@@ -123,8 +123,10 @@ def train(run: Run) -> dict[str, Any]:
             "deterministic_evaluation": manager.deterministic_eval,
             "hyperparameters": {name: value for name, value in as_in_file.items() if name != "n_timesteps"},
         },
+        "reward_threshold": gym.spec(run.env).reward_threshold,  # at which the environment counts as solved
         "engine": getattr(getattr(model, "_engine", None), "title", None),
         "curve": evaluate.curve,
+        "steps_taken": model.num_timesteps,  # algorithms may go on to the end of a rollout
         "training_seconds": seconds,
         "steps_per_second": round(model.num_timesteps / seconds, 1),
         "peak_memory_bytes": peak_memory(),
@@ -141,7 +143,6 @@ def describe(run: Run) -> dict[str, Any]:
         "algo": run.algo,
         "env": run.env,
         "seed": run.seed,
-        "reward_threshold": gym.spec(run.env).reward_threshold,  # at which it counts as solved
         **origin(run.device),
     }
 

@@ -71,47 +71,60 @@ def execute(run: Run) -> dict[str, Any]:
 
 
 @contextmanager
-def _cluster(backend: str, address: str | None, jobs: int | None) -> Iterator[None]:
+def _cluster(backend: str, address: str | None, jobs: int | None) -> Iterator[int]:
     """Let joblib use a backend.
 
     :param backend: one of ``BACKENDS``
     :param address: of the cluster to join; ``None`` makes one of this machine
     :param jobs: runs at a time; ``None`` for one a processor
+    :return: runs at a time
     """
-    if backend == "loky":
-        if address is not None:
-            raise ValueError(f"--address {address!r} is of no use to --backend loky, which stays on this machine")
-        with parallel_config("loky", n_jobs=jobs or n_cores()):
-            yield
-        return
-    package = {"ray": "ray", "dask": "distributed"}[backend]
+    if backend not in BACKENDS:
+        raise ValueError(f"--backend {backend!r} must be one of {', '.join(BACKENDS)}")
+    if backend == "loky" and address is not None:
+        raise ValueError(f"--address {address!r} is of no use to --backend loky, which stays on this machine")
+    package = {"loky": "joblib", "ray": "ray", "dask": "distributed"}[backend]
     if find_spec(package) is None:
         raise ValueError(f'--backend {backend} needs {package}: pip install "sb3-scratch-dqn[{backend}]"')
-    if backend == "dask":
-        from distributed import Client, LocalCluster
+    cluster = {"loky": _loky, "ray": _ray, "dask": _dask}[backend]
+    with cluster(address, jobs) as at_a_time, parallel_config(backend, n_jobs=at_a_time):
+        yield at_a_time
 
-        local = None if address else LocalCluster(n_workers=jobs or n_cores(), threads_per_worker=1)
-        with Client(local or address), parallel_config("dask", n_jobs=jobs or -1):
-            try:
-                yield
-            finally:
-                if local is not None:
-                    local.close()
+
+@contextmanager
+def _loky(_: str | None, jobs: int | None) -> Iterator[int]:
+    yield jobs or n_cores()
+
+
+@contextmanager
+def _dask(address: str | None, jobs: int | None) -> Iterator[int]:
+    from distributed import Client, LocalCluster
+
+    if address is not None:
+        with Client(address) as client:
+            yield jobs or sum(client.ncores().values())
         return
+    with LocalCluster(n_workers=jobs or n_cores(), threads_per_worker=1) as cluster, Client(cluster):
+        yield jobs or n_cores()
+
+
+@contextmanager
+def _ray(address: str | None, jobs: int | None) -> Iterator[int]:
     import ray
     from joblib import register_parallel_backend
     from ray.util.joblib.ray_backend import RayBackend
 
     class Unordered(RayBackend):  # type: ignore[misc]  # Ray has no types for it
-        # It can; what it derives from cannot
+        # It can give results as they come; what it derives from cannot
         supports_return_generator = True
 
     register_parallel_backend("ray", Unordered)
-    here = None if address else (jobs or n_cores())
-    ray.init(address=address, num_cpus=here, log_to_driver=False, include_dashboard=False if here else None)
+    if address is None:
+        ray.init(num_cpus=jobs or n_cores(), include_dashboard=False, log_to_driver=False)
+    else:
+        ray.init(address=address, log_to_driver=False)
     try:
-        with parallel_config("ray", n_jobs=jobs or here or -1):
-            yield
+        yield jobs or int(ray.cluster_resources()["CPU"])
     finally:
         ray.shutdown()
 
@@ -148,8 +161,8 @@ def run_all(
         _tell(f"{len(plan) - len(waiting)} of {len(plan)} runs are there already")
     if not waiting:
         return [results[run] for run in plan]
-    progress = Progress(plan, results, jobs)
-    with _cluster(backend, address, jobs):
+    with _cluster(backend, address, jobs) as at_a_time:
+        progress = Progress(plan, results, at_a_time)
         parallel = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
         for known in parallel(delayed(partial(_numbered, number, run))() for number, run in enumerate(waiting)):
             run = waiting[known.pop("number")]
@@ -213,14 +226,11 @@ class Progress:
 
     :param plan: all runs
     :param results: of those that are done
-    :param jobs: runs at a time; ``None`` for as many as there are processors
+    :param jobs: runs at a time
     """
 
-    def __init__(self, plan: Sequence[Run], results: dict[Run, Result], jobs: int | None) -> None:
-        self._plan, self._results = plan, results
-        self._begin = time.perf_counter()
-        self._jobs = jobs or n_cores()
-        self._before = len(results)
+    def __init__(self, plan: Sequence[Run], results: dict[Run, Result], jobs: int) -> None:
+        self._plan, self._results, self._jobs = plan, results, jobs
 
     def finished(self, run: Run, result: Result) -> None:
         """Tell that a run is done.

@@ -1,0 +1,237 @@
+"""Runs of a comparison: what is in their files, that they can be stopped and gone on with, and what is refused."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from joblib.externals.loky import get_reusable_executor
+
+from sb3_scratch_dqn.bench import grid
+from sb3_scratch_dqn.bench.__main__ import main
+from sb3_scratch_dqn.bench.plan import evaluation_steps, file_name, make_plan
+from sb3_scratch_dqn.bench.results import read_result
+
+SMALL = ["-n", "400", "--evaluations", "2", "--eval-episodes", "2"]
+GRID = ["--algos", "dqn", "scratch_dqn:rainbow", "--envs", "CartPole-v1", "--seeds", "2", *SMALL]
+
+# What depends on the clock, or on where a run takes place
+TIMES = ("started", "commit", "hardware", "training_seconds", "steps_per_second", "peak_memory_bytes", "wall_seconds")
+
+ENV = """
+import gymnasium as gym
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Fails(CartPoleEnv):
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps > 100:
+            raise RuntimeError("out of luck")
+        return super().step(action)
+
+class Ends(Fails):
+    def step(self, action):
+        import os
+        print("the last words", flush=True)
+        os._exit(7)
+
+gym.register("Fails-v0", Fails)
+gym.register("Ends-v0", Ends)
+"""
+
+
+def files(folder):
+    """The content of the files of runs, without what depends on the clock."""
+    known = {}
+    for path in sorted(folder.glob("*/*/*.json")):
+        content = {name: value for name, value in json.loads(path.read_text()).items() if name not in TIMES}
+        for name in ("seconds", "cpu_seconds"):
+            del content["curve"][name]
+        known[path.relative_to(folder)] = content
+    return known
+
+
+def refusal(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *arguments])
+    assert ended.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder of four runs that nothing stopped."""
+    out = tmp_path_factory.mktemp("finished")
+    main(["run", *GRID, "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def environments(tmp_path, monkeypatch):
+    """Makes a module that registers two environments, one that fails and one that ends the process."""
+    Path(tmp_path, "bad_environments.py").write_text(ENV)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    get_reusable_executor().shutdown()  # its processes have the environment that they began with
+    yield "bad_environments"
+    sys.modules.pop("bad_environments", None)
+
+
+def test_each_run_leaves_a_file_that_describes_it(finished):
+    assert len(files(finished)) == 4
+    result = read_result(finished / "CartPole-v1" / "scratch_dqn-rainbow" / "seed_1.json")
+    known = result.known
+    assert (result.algo, result.env, result.seed, result.done) == ("scratch_dqn:rainbow", "CartPole-v1", 1, True)
+    assert known["curve"]["steps"] == [0, 200, 400]
+    assert [len(returns) for returns in known["curve"]["returns"]] == [2, 2, 2]
+    assert known["curve"]["returns"] == known["curve"]["lengths"]  # CartPole gives a reward of 1 a step
+    assert known["settings"]["hyperparameters"]["double_q"] is True
+    assert known["settings"]["n_timesteps"] == 400
+    assert known["engine"] == "the fused engine"
+    assert known["versions"]["stable-baselines3"].startswith("2.")
+    assert known["hardware"]["cores"] >= 1
+    assert known["reward_threshold"] == 475.0
+    assert 50 * 2**20 < known["peak_memory_bytes"] < 2**32
+    assert known["steps_per_second"] == pytest.approx(512 / known["training_seconds"], rel=0.01)
+    assert known["steps_taken"] == 512  # the first multiple of train_freq
+    assert result.seconds[0] == 0
+    assert (result.seconds[1:] > result.seconds[:-1]).all()
+
+
+def test_a_run_that_was_killed_goes_on_and_leaves_the_same_files(finished, tmp_path, capsys):
+    command = [sys.executable, "-m", "sb3_scratch_dqn.bench", "run", *GRID, "--jobs", "1", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not files(tmp_path):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = files(tmp_path)
+    assert len(before) < 4
+    kept = {path: (tmp_path / path).stat().st_mtime_ns for path in before}
+    main(["run", *GRID, "--out", str(tmp_path)])
+    assert f"{len(before)} of 4 runs are there already" in capsys.readouterr().err
+    assert files(tmp_path) == files(finished)
+    assert all((tmp_path / path).stat().st_mtime_ns == stamp for path, stamp in kept.items())
+
+
+def test_what_is_there_is_not_made_again(finished, capsys, monkeypatch):
+    monkeypatch.setattr(grid, "execute", None)
+    main(["run", *GRID, "--out", str(finished)])
+    assert "4 of 4 runs are done" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_recorded_and_told(environments, tmp_path, capsys):
+    out = tmp_path / "results"
+    arguments = ["run", "--algos", "scratch_dqn", "--envs", "Fails-v0", "Ends-v0", "--seeds", "1", *SMALL]
+    arguments += ["--gym-packages", environments, "--out", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 1
+    told = capsys.readouterr()
+    assert "0 of 2 runs are done" in told.out
+    assert "[2/2]" in told.err
+    failed = json.loads((out / "Fails-v0" / "scratch_dqn" / "seed_0.json").read_text())
+    assert failed["status"] == "failed"
+    assert (failed["error"]["type"], failed["error"]["message"]) == ("RuntimeError", "out of luck")
+    assert "bad_environments.py" in failed["error"]["traceback"]
+    ended = json.loads((out / "Ends-v0" / "scratch_dqn" / "seed_0.json").read_text())
+    assert "its process ended with code 7; it printed: the last words" in ended["error"]["message"]
+
+    tried = []
+    monkeypatched = pytest.MonkeyPatch()
+    with monkeypatched.context() as patch:
+        patch.setattr(grid, "execute", lambda run: tried.append(run) or {**failed, "env": run.env})
+        for more in ([], ["--jobs", "1", "--retry-failed"]):
+            with pytest.raises(SystemExit):
+                main([*arguments, *more])
+            assert bool(tried) == bool(more)
+
+
+def test_the_same_settings_for_all(tmp_path):
+    plan = make_plan(["dqn", "qrdqn"], ["CartPole-v1"], 1, n_timesteps=400, same_settings="dqn")
+    from sb3_scratch_dqn.bench.plan import experiment
+
+    settings = [experiment(run, str(tmp_path))[1] for run in plan]
+    assert settings[0] == settings[1]
+    assert settings[0]["policy_kwargs"] == "dict(net_arch=[256, 256])"
+
+
+def test_an_algorithm_of_another_kind_takes_part(tmp_path):
+    arguments = ["--algos", "ppo", "--envs", "CartPole-v1", "--seeds", "1", *SMALL, "--out", str(tmp_path)]
+    main(["run", *arguments])
+    result = read_result(tmp_path / "CartPole-v1" / "ppo" / "seed_0.json")
+    assert result.done
+    assert list(result.steps) == [0, 200, 400]
+
+
+def test_evaluations_are_evenly_spaced_and_the_last_is_at_the_end():
+    assert evaluation_steps(100, 3) == [0, 33, 67, 100]
+
+
+def test_folders_are_named_after_algorithm_and_settings():
+    assert [file_name(algo) for algo in ("dqn", "scratch_dqn:rainbow", "ppo:some/where.yml")] == [
+        "dqn",
+        "scratch_dqn-rainbow",
+        "ppo-where",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--algos", "dqm", "--envs", "CartPole-v1"], "--algos 'dqm' must be one of"),
+        (["--algos", "dqm", "--envs", "CartPole-v1"], "did you mean 'dqn'?"),
+        (["--algos", "scratch_dqn:nothing", "--envs", "CartPole-v1"], "the settings of scratch_dqn:nothing"),
+        (
+            ["--algos", "dqn", "--envs", "CartPoll-v1"],
+            "--envs 'CartPoll-v1' is not registered; did you mean 'CartPole-v1'",
+        ),
+        (["--algos", "dqn", "--envs", "CartPole-v1", "--seeds", "0"], "--seeds: 0 must be a whole number"),
+        (["--algos", "dqn", "dqn", "--envs", "CartPole-v1"], "--algos 'dqn' is named twice"),
+        (["--algos", "dqn", "--envs", "CartPole-v1", "CartPole-v1"], "--envs 'CartPole-v1' is named twice"),
+        (["--algos", "dqn", "ppo", "--envs", "CartPole-v1"], "50,000 for dqn, 100,000 for ppo"),
+        (
+            ["--algos", "dqn", "scratch_dqn:rainbow", "--envs", "CartPole-v1", "--same-settings", "dqn"],
+            "--algos 'scratch_dqn:rainbow' has settings of its own",
+        ),
+        (["--algos", "dqn", "--envs", "CartPole-v1", "--same-settings", "x"], "--same-settings 'x' must be one of"),
+        (["--algos", "ppo", "--envs", "CartPole-v1", "--same-settings", "dqn"], "which ppo does not take"),
+        (["--algos", "dqn", "--envs", "CartPole-v1", "-n", "10"], "--evaluations 20 must be at most the 10 steps"),
+        (["--algos", "dqn", "--envs", "CartPole-v1", "--gym-packages", "no_such"], "--gym-packages 'no_such'"),
+        (["--algos", "dqn", "--envs", "CartPole-v1", "--address", "here:1"], "--address 'here:1' is of no use"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_trained(tmp_path, capsys, arguments, told):
+    assert told in refusal(capsys, *arguments, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_with_other_settings_in_the_same_folder_are_refused(finished, capsys):
+    arguments = ["--algos", "dqn", "--envs", "CartPole-v1", "--seeds", "1", "-n", "500", "--evaluations", "2"]
+    message = refusal(capsys, *arguments, "--out", str(finished))
+    path = finished / "CartPole-v1" / "dqn" / "seed_0.json"
+    assert f"{path} was made with n_timesteps=400, and now it is to be 500" in message
+
+
+@pytest.mark.parametrize(("backend", "package"), [("ray", "ray"), ("dask", "distributed")])
+def test_a_backend_that_is_not_installed_is_named(backend, package, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(grid, "find_spec", lambda name: None)
+    message = refusal(capsys, *GRID, "--backend", backend, "--out", str(tmp_path))
+    assert f'--backend {backend} needs {package}: pip install "sb3-scratch-dqn[{backend}]"' in message
+
+
+@pytest.mark.parametrize("backend", ["ray", "dask"])
+def test_a_cluster_gives_the_same_files(backend, finished, tmp_path):
+    pytest.importorskip({"ray": "ray", "dask": "distributed"}[backend])
+    arguments = [*GRID, "--seeds", "1", "--backend", backend, "--jobs", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "sb3_scratch_dqn.bench", "run", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    made = files(tmp_path)
+    assert len(made) == 2
+    assert made == {path: known for path, known in files(finished).items() if path in made}
