@@ -24,7 +24,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_scratch_dqn.bench.machine import origin, peak_memory
-from sb3_scratch_dqn.bench.plan import FORMAT, Run, evaluation_steps, experiment, zoo
+from sb3_scratch_dqn.bench.plan import FORMAT, Run, evaluation_steps, experiment, hyperparameters, zoo
 
 # Evaluation must not see the episodes that training sees
 _EVALUATION_SEED = 1_000_000
@@ -121,7 +121,7 @@ def train(run: Run) -> dict[str, Any]:
         "settings": {
             **run.conditions(),
             "deterministic_evaluation": manager.deterministic_eval,
-            "hyperparameters": {name: value for name, value in as_in_file.items() if name != "n_timesteps"},
+            "hyperparameters": hyperparameters(as_in_file),
         },
         "reward_threshold": gym.spec(run.env).reward_threshold,  # at which the environment counts as solved
         "engine": getattr(getattr(model, "_engine", None), "title", None),
@@ -171,8 +171,7 @@ def main() -> None:
     except Exception as error:
         known.update(status="failed", settings=run.conditions(), error=_told(error))
     known["wall_seconds"] = round(time.perf_counter() - begin, 1)
-    # A settings file in Python may hold what JSON has no form for
-    Path(sys.argv[1]).write_text(json.dumps(known, default=repr))
+    Path(sys.argv[1]).write_text(json.dumps(known))
 
 
 def _told(error: BaseException) -> dict[str, str]:

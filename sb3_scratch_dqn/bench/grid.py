@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from joblib import Parallel, delayed, parallel_config
 
 from sb3_scratch_dqn.bench.machine import ONE_THREAD, n_cores
-from sb3_scratch_dqn.bench.plan import Run
+from sb3_scratch_dqn.bench.plan import Run, experiment, hyperparameters
 from sb3_scratch_dqn.bench.results import Result, read_result, result_of
 
 BACKENDS = ("loky", "ray", "dask")
@@ -207,14 +207,23 @@ def _readable(known: dict[str, Any]) -> str:
 
 
 def _check_same(run: Run, result: Result, path: Path) -> None:
-    for name, wanted in run.conditions().items():
-        found = result.settings.get(name)
-        wanted = list(wanted) if isinstance(wanted, tuple) else wanted
-        if found != wanted:
+    wanted, found = json.loads(json.dumps(run.conditions())), dict(result.settings)
+    if result.done:
+        wanted.update(_current_hyperparameters(run.algo, run.env, run.same_settings))
+        found.update(found.pop("hyperparameters"))
+        wanted["deterministic_evaluation"] = found["deterministic_evaluation"]  # the Zoo's business
+    for name in sorted(wanted.keys() | found.keys()):
+        if found.get(name) != wanted.get(name):
             raise ValueError(
-                f"{path} was made with {name}={found!r}, and now it is to be {wanted!r}; "
+                f"{path} was made with {name}={found.get(name)!r}, and now it is to be {wanted.get(name)!r}; "
                 "choose another folder with --out, or the same settings"
             )
+
+
+@cache
+def _current_hyperparameters(algo: str, env: str, same_settings: str | None) -> dict[str, Any]:
+    run = Run(algo, env, 0, 1, 1, 1, same_settings=same_settings)
+    return hyperparameters(experiment(run, "")[1])
 
 
 def _tell(text: str) -> None:

@@ -8,6 +8,7 @@ settings file that it reads behind a colon where that is not the Zoo's own: ``dq
 import difflib
 import importlib
 import inspect
+import json
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
@@ -133,6 +134,17 @@ def experiment(run: Run, folder: str) -> tuple[Any, dict[str, Any], dict[str, An
     manager.env_kwargs = {"render_mode": None, **manager.env_kwargs}
     manager.eval_env_kwargs = manager.env_kwargs
     return manager, as_in_file, settings
+
+
+def hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they lie in a file, as JSON has them, without the number of steps, which a run has for itself.
+
+    :param settings: of :func:`experiment`
+    """
+    kept = {name: value for name, value in settings.items() if name != "n_timesteps"}
+    # A settings file in Python may hold what JSON has no form for
+    as_json: dict[str, Any] = json.loads(json.dumps(kept, default=repr))
+    return as_json
 
 
 def _manager(exp_manager: Any, name: str, run: Run, folder: str, config: str | None) -> Any:

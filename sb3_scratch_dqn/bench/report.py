@@ -50,6 +50,7 @@ def make_document(comparison: Comparison, speed: list[Measured]) -> Document:
     if any(comparison.algos_in(env) for env in comparison.envs):
         _write_curves(document, comparison, look)
         _write_scores(document, comparison, look)
+        _write_improvement(document, comparison, look)
         _write_aggregates(document, comparison, look)
         _write_costs(document, comparison, look)
     if speed:
@@ -145,7 +146,6 @@ def _write_aggregates(document: Document, comparison: Comparison, look: dict[str
     document.heading("All environments together")
     if len(envs) < 2:
         document.paragraph("That takes two environments in which all algorithms have runs.")
-        _write_improvement(document, comparison, look)
         return
     bounds = "; ".join(
         f"{env} {number(low)} and {number(high)}"
@@ -186,7 +186,6 @@ def _write_aggregates(document: Document, comparison: Comparison, look: dict[str
         figures.png(figures.profiles(thresholds, shares, look)),
         "Performance profiles: the share of runs with a final return above a normalised score, with intervals at 95%.",
     )
-    _write_improvement(document, comparison, look)
 
 
 def _write_improvement(document: Document, comparison: Comparison, look: dict[str, figures.Look]) -> None:
@@ -199,6 +198,7 @@ def _write_improvement(document: Document, comparison: Comparison, look: dict[st
                 verdict = stats.compare([comparison.scores(env, algo, measure)], [theirs])
                 panels.setdefault(env, {})[algo] = verdict.improvement
     if panels:
+        document.heading("Probability of improvement")
         document.picture(
             "improvement",
             figures.png(figures.improvement(panels, look, reference, "larger area")),
