@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch as th
 
@@ -11,7 +12,7 @@ from sb3_scratch_dqn.bench import replay, speed
 from sb3_scratch_dqn.bench.grid import BACKENDS, run_all
 from sb3_scratch_dqn.bench.plan import make_plan
 from sb3_scratch_dqn.bench.report import write_report
-from sb3_scratch_dqn.bench.speed_results import save_speed
+from sb3_scratch_dqn.bench.speed_results import read_speed, save_speed
 from sb3_scratch_dqn.engines import ENGINE_NAMES
 
 
@@ -22,86 +23,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m sb3_scratch_dqn.bench", description="Benchmarks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="BENCHMARK")
-    replay_parser = commands.add_parser(
-        "replay",
-        help="memory and speed of replay buffers",
-        description="Memory and speed of replay, against SB3's buffers and, where it is installed, cpprb's.",
-    )
-    replay_parser.add_argument("--rounds", type=_positive, default=9, help="measurements of each case (default: 9)")
-    replay_parser.add_argument(
-        "--largest", type=_positive, default=10**7, help="transitions of the largest prioritized buffer (default: 10^7)"
-    )
-    replay_parser.add_argument(
-        "--images", type=_positive, default=4000, help="transitions of the buffers of images (default: 4000)"
-    )
-    speed_parser = commands.add_parser(
-        "speed",
-        help="speed of training",
-        description="Speed of learn() and of updates, against SB3's DQN and, where it is installed, SBX's.",
-    )
-    speed_parser.add_argument(
-        "cases", nargs="*", metavar="CASE", help=f"some of {', '.join(speed.CASES)}; default: all"
-    )
-    speed_parser.add_argument("--rounds", type=_positive, default=5, help="measurements of each case (default: 5)")
-    speed_parser.add_argument(
-        "--contestants", nargs="+", metavar="NAME", help="some of sb3, sbx and this package's engines (default: all)"
-    )
-    speed_parser.add_argument("--n-envs", type=_positive, help="environments in each case (default: 1)")
-    speed_parser.add_argument("--train-freq", type=_positive, help="steps between updates (default: the case's own)")
-    speed_parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
-    speed_parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="a folder of results, whose report is to have the figures too"
-    )
-    run_parser = commands.add_parser(
+    for add in (_add_run, _add_report, _add_speed, _add_replay):
+        add(commands)
+    options = parser.parse_args(arguments)
+    th.set_num_threads(1)
+    try:
+        options.execute(options)
+    except ValueError as error:  # what cannot be is refused with one, before anything is trained or written
+        options.parser.error(str(error))
+
+
+# Side by side
+
+
+def _add_run(commands: Any) -> None:
+    parser = commands.add_parser(
         "run",
         help="train algorithms side by side",
         description="Train algorithms in environments, with many seeds, and leave a file of each run. "
         "Runs that are there already are not made again, so it can be stopped and started again.",
     )
-    _add_run_arguments(run_parser)
-    report_parser = commands.add_parser(
-        "report",
-        help="compare what run left",
-        description="Write a report on the files that run left: report.md with its figures, and report.html.",
-    )
-    report_parser.add_argument("results", type=Path, metavar="FOLDER", help="the folder that run wrote to")
-    report_parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the report (default: FOLDER/report)")
-    report_parser.add_argument(
-        "--reference", metavar="ALGO", help="what the others are compared with (default: dqn, if it is there)"
-    )
-    options = parser.parse_args(arguments)
-    th.set_num_threads(1)
-    if options.command == "replay":
-        print(replay.run(options.rounds, options.largest, options.images))
-        return
-    if options.command == "run":
-        try:
-            _run(options)
-        except ValueError as error:
-            run_parser.error(str(error))
-        return
-    if options.command == "report":
-        try:
-            print(write_report(options.results, options.out, options.reference))
-        except ValueError as error:
-            report_parser.error(str(error))
-        return
-    unknown = [name for name in options.cases if name not in speed.CASES]
-    if unknown:
-        speed_parser.error(f"CASE {unknown[0]!r} must be one of {', '.join(speed.CASES)}")
-    known = ["sb3", "sbx", *ENGINE_NAMES]
-    unknown = [name for name in options.contestants or () if name not in known]
-    if unknown:
-        speed_parser.error(f"--contestants {unknown[0]!r} must be one of {', '.join(known)}")
-    chosen = [speed.CASES[name] for name in options.cases or speed.CASES]
-    cases = [speed.changed(case, options.n_envs, options.train_freq) for case in chosen]
-    measured = speed.run(cases, options.contestants, options.rounds, options.device)
-    print("\n\n".join(one.markdown() for one in measured))
-    if options.out:
-        print(f"Kept in {save_speed(measured, options.out)}", file=sys.stderr)
-
-
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(execute=_run, parser=parser)
     parser.add_argument(
         "--algos",
         nargs="+",
@@ -153,6 +95,86 @@ def _run(options: argparse.Namespace) -> None:
     print(f"{len(results) - len(failed)} of {len(results)} runs are done, in {options.out}")
     if failed:
         sys.exit(1)
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="compare what run left",
+        description="Write a report on the files that run left: report.md with its figures, and report.html.",
+    )
+    parser.set_defaults(execute=_report, parser=parser)
+    parser.add_argument("results", type=Path, metavar="FOLDER", help="the folder that run wrote to")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the report (default: FOLDER/report)")
+    parser.add_argument(
+        "--reference", metavar="ALGO", help="what the others are compared with (default: dqn, if it is there)"
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    print(write_report(options.results, options.out, options.reference))
+
+
+# Measurements
+
+
+def _add_speed(commands: Any) -> None:
+    parser = commands.add_parser(
+        "speed",
+        help="speed of training",
+        description="Speed of learn() and of updates, against SB3's DQN and, where it is installed, SBX's.",
+    )
+    parser.set_defaults(execute=_speed, parser=parser)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(speed.CASES)}; default: all")
+    parser.add_argument("--rounds", type=_positive, default=5, help="measurements of each case (default: 5)")
+    parser.add_argument(
+        "--contestants", nargs="+", metavar="NAME", help="some of sb3, sbx and this package's engines (default: all)"
+    )
+    parser.add_argument("--n-envs", type=_positive, help="environments in each case (default: 1)")
+    parser.add_argument("--train-freq", type=_positive, help="steps between updates (default: the case's own)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="a folder of results, whose report is to have the figures too"
+    )
+
+
+def _speed(options: argparse.Namespace) -> None:
+    _check_choices("CASE", options.cases, speed.CASES)
+    _check_choices("--contestants", options.contestants or (), ["sb3", "sbx", *ENGINE_NAMES])
+    if options.out:
+        read_speed(options.out)  # a broken file is to be known of before anything is measured
+    chosen = [speed.CASES[name] for name in options.cases or speed.CASES]
+    cases = [speed.changed(case, options.n_envs, options.train_freq) for case in chosen]
+    measured = speed.run(cases, options.contestants, options.rounds, options.device)
+    print("\n\n".join(one.markdown() for one in measured))
+    if options.out:
+        print(f"Kept in {save_speed(measured, options.out)}", file=sys.stderr)
+
+
+def _check_choices(argument: str, names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{argument} {name!r} must be one of {', '.join(known)}")
+
+
+def _add_replay(commands: Any) -> None:
+    parser = commands.add_parser(
+        "replay",
+        help="memory and speed of replay buffers",
+        description="Memory and speed of replay, against SB3's buffers and, where it is installed, cpprb's.",
+    )
+    parser.set_defaults(execute=_replay, parser=parser)
+    parser.add_argument("--rounds", type=_positive, default=9, help="measurements of each case (default: 9)")
+    parser.add_argument(
+        "--largest", type=_positive, default=10**7, help="transitions of the largest prioritized buffer (default: 10^7)"
+    )
+    parser.add_argument(
+        "--images", type=_positive, default=4000, help="transitions of the buffers of images (default: 4000)"
+    )
+
+
+def _replay(options: argparse.Namespace) -> None:
+    print(replay.run(options.rounds, options.largest, options.images))
 
 
 def _positive(text: str) -> int:
