@@ -103,7 +103,10 @@ def curves(lines: Mapping[str, Mapping[str, Line]], look: Mapping[str, Look], x_
 
 
 def _legend(figure: Figure, shown: Mapping[str, Any]) -> None:
-    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=min(len(shown), 4), frameon=False)
+    # About so many letters fit beside each other, each name with its line before it
+    fit = int(13 * figure.get_figwidth() / (8 + max(map(len, shown))))
+    columns = max(1, min(len(shown), fit))
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=columns, frameon=False)
 
 
 def intervals(
