@@ -14,7 +14,7 @@ On other devices a recording is the function itself.
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch as th
@@ -80,6 +80,8 @@ class Recorder:
             with th.cuda.device(self._device), th.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 function()
         except RuntimeError as error:
+            with suppress(RuntimeError):
+                graph.reset()  # which also tells generators of random numbers that it is over
             raise CannotRecordError(_first_line(error)) from error
         return graph.replay
 
