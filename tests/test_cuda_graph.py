@@ -305,8 +305,9 @@ def test_every_combination_agrees(combination, taped):
     )
     assert_equal(states, its_states)
     assert_close(eager, model)
-    # Updates of two sizes, the target network and, where masks do not ask for more, actions
-    assert len(taped.tapes) == (3 if combination[2] == "masks" else 4)
+    # Updates of two sizes, the target network and, where masks do not ask for more, actions; new priorities
+    prioritized = hasattr(model.replay_buffer.sampler, "tree")
+    assert len(taped.tapes) == 3 + (combination[2] != "masks") + prioritized
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -877,6 +878,7 @@ def test_warming_up_and_recording_leave_no_trace_on_a_gpu():
     engine._attach()
     feed = engine._feed_for(source)
     feed.prepare(source)
+    feed.record(lambda function: engine._record(function, function))
     priorities = feed._priorities.tree.values.clone()
     engine._record_updates(feed, 5)
     after = model.policy.state_dict(), th.cuda.get_rng_state(), np.random.get_state()[1:]

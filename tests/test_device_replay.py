@@ -281,7 +281,7 @@ def prioritized(n_envs=2, capacity=30, **kwargs):
 
 
 def borrowed(buffer):
-    priorities = DevicePriorities(buffer.buffer_size, buffer.n_envs, CPU)
+    priorities = DevicePriorities(buffer.buffer_size, buffer.n_envs, buffer.optimize_memory_usage, CPU)
     priorities.follow(buffer.sampler)
     return priorities
 

@@ -171,6 +171,7 @@ class CudaGraphEngine:
                 if on_device
                 else HostFeed(source, self.policy, self._updates.clear)
             )
+            self._feed.record(lambda function: self._record(function, function))
         return self._feed
 
     def _record_updates(self, feed: Feed, gradient_steps: int) -> None:

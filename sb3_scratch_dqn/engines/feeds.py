@@ -12,7 +12,7 @@ import numpy as np
 import torch as th
 
 from sb3_scratch_dqn.engines.eager import batches_at_once
-from sb3_scratch_dqn.engines.recording import Number
+from sb3_scratch_dqn.engines.recording import Function, Number
 from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import Batch, BatchSource
 from sb3_scratch_dqn.replay.device import DeviceReplay
@@ -43,6 +43,12 @@ class Feed(Protocol):
 
         :param gradient_steps: how many
         :param play: takes some of them, as many as it is told
+        """
+
+    def record(self, record: Callable[[Function], Function]) -> None:
+        """Have recorded what else it does over and over.
+
+        :param record: gives what does what a function does
         """
 
     def take(self) -> Batch:
@@ -77,7 +83,9 @@ class DeviceFeed:
         self._priorities: DevicePriorities | None = None
         dtype = th.int64
         if isinstance(buffer.sampler, PrioritizedSampler):
-            self._priorities, dtype = DevicePriorities(buffer.buffer_size, buffer.n_envs, device), th.float64
+            shape_of_rows = buffer.buffer_size, buffer.n_envs
+            self._priorities = DevicePriorities(*shape_of_rows, buffer.optimize_memory_usage, device)
+            dtype = th.float64
         self._outbox = Outbox(shape, dtype, device)
         self._drawn = th.zeros(shape, dtype=dtype, device=device)
         self._weights = th.ones(source.batch_size, dtype=th.float32, device=device)
@@ -104,6 +112,11 @@ class DeviceFeed:
             self._epsilon.set(sampler.epsilon)
             self._alpha.set(sampler.alpha)
             self._beta.set(sampler.beta_now)
+
+    def record(self, record: Callable[[Function], Function]) -> None:
+        """Have recorded how new transitions get their priorities."""
+        if self._priorities is not None:
+            self._priorities.play = record(self._priorities.write)
 
     def run(self, gradient_steps: int, play: Callable[[int], None]) -> None:
         """Let some updates be taken; parameters as in :class:`Feed`."""
@@ -177,6 +190,9 @@ class HostFeed:
     def prepare(self, source: BatchSource) -> None:
         """Know where the next batches come from."""
         self._source = source
+
+    def record(self, record: Callable[[Function], Function]) -> None:
+        """There is nothing else."""
 
     def run(self, gradient_steps: int, play: Callable[[int], None]) -> None:
         """Let some updates be taken; parameters as in :class:`Feed`."""

@@ -5,6 +5,8 @@ same parts of their total it finds the same indices; where a part falls between 
 choose the other one. Nothing in it depends on values in its shape, or waits for the host.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch as th
 
@@ -15,8 +17,8 @@ from sb3_scratch_dqn.replay.samplers import PrioritizedSampler, importance_weigh
 # Children of a node: a million values take four levels
 WIDTH = 32
 
-# Rows whose values are written at once
-_ROWS_AT_ONCE = 256
+# New rows whose values are written at once
+_ROWS_AT_ONCE = 16
 
 
 class DeviceSumTree:
@@ -92,19 +94,21 @@ class DevicePriorities:
 
     :param rows: of the buffer
     :param n_envs: number of environments
+    :param vacates: whether the row that follows a new one loses its transitions, as with shared observations
     :param device: where the priorities are to lie
     """
 
-    def __init__(self, rows: int, n_envs: int, device: th.device) -> None:
+    def __init__(self, rows: int, n_envs: int, vacates: bool, device: th.device) -> None:
         self.tree = DeviceSumTree(rows * n_envs, device)
         self.max_value = th.ones((), dtype=th.float64, device=device)
         self.diverged = th.zeros((), dtype=th.bool, device=device)  # whether a priority was no number
-        self._n_envs, self._used = n_envs, 0
+        self.play: Callable[[], object] = self.write  # or a recording of it
+        self._n_envs, self._vacates = n_envs, vacates
+        self._used = 0  # values that may be other than 0
         self._new_rows: list[int] = []
-        self._vacated: int | None = None
         size = _ROWS_AT_ONCE * n_envs
         self._outbox = Outbox((size,), th.int64, device)
-        self._places = th.zeros(size, dtype=th.int64, device=device)
+        self._new_places = th.zeros(size, dtype=th.int64, device=device)
 
     def follow(self, sampler: PrioritizedSampler) -> None:
         """Know what the sampler knows: borrow its priorities, or give new transitions the largest one."""
@@ -112,15 +116,14 @@ class DevicePriorities:
             self._write_new_rows()
             return
         values, max_value = sampler.lend(self)
-        self._new_rows, self._vacated = [], None
+        self._new_rows = []
         self._used = min(len(values), self.tree.size)
         self.tree.fill(values[: self._used])
         self.max_value.fill_(max_value)
 
-    def written(self, row: int, vacated: int | None) -> None:
-        """New transitions have come into ``row``, and those of the row ``vacated`` are gone."""
+    def written(self, row: int) -> None:
+        """New transitions have come into ``row``."""
         self._new_rows.append(row)
-        self._vacated = vacated
 
     def give_back(self) -> tuple[Array, float]:
         """All values, float64, and the largest of them ever."""
@@ -128,21 +131,24 @@ class DevicePriorities:
         return self.tree.values[: self._used].cpu().numpy(), self.max_value.item()
 
     def _write_new_rows(self) -> None:
-        rows, vacated = self._new_rows, self._vacated
-        self._new_rows, self._vacated = [], None
+        rows, self._new_rows = self._new_rows, []
         for begin in range(0, len(rows), _ROWS_AT_ONCE):
-            self._write(rows[begin : begin + _ROWS_AT_ONCE], self.max_value)
-        # Only the last one is still vacant: what was vacated before was written to next
-        if rows and vacated is not None:
-            self._write([vacated], th.zeros_like(self.max_value))
+            some = rows[begin : begin + _ROWS_AT_ONCE]
+            some += some[-1:] * (_ROWS_AT_ONCE - len(some))  # always as many; the last one again is nothing new
+            places = np.add.outer(np.array(some) * self._n_envs, np.arange(self._n_envs)).reshape(-1)
+            self._outbox.open()[:] = places
+            self._outbox.send(self._new_places)
+            self.play()
+            self._used = min(max(self._used, int(places.max()) + 1 + self._vacates * self._n_envs), self.tree.size)
 
-    def _write(self, rows: list[int], value: th.Tensor) -> None:
-        places = np.add.outer(np.array(rows) * self._n_envs, np.arange(self._n_envs)).reshape(-1)
-        self._outbox.open()[: len(places)] = places
-        sent = self._places[: len(places)]
-        self._outbox.send(sent)
-        self.tree.set(sent, value.expand(len(places)))
-        self._used = max(self._used, int(places.max()) + 1)
+    def write(self) -> None:
+        """Give new transitions the largest priority; can be recorded."""
+        places = self._new_places
+        self.tree.set(places, self.max_value.expand(len(places)))
+        if self._vacates:
+            # What an earlier row vacates, the next one fills
+            gone = (places[-self._n_envs :] + self._n_envs) % self.tree.size
+            self.tree.set(gone, th.zeros_like(gone, dtype=th.float64))
 
     def draw(self, parts: th.Tensor, beta: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """Choose transitions.

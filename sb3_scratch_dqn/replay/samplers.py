@@ -44,8 +44,8 @@ class Draw(NamedTuple):
 class Borrower(Protocol):
     """Keeps the priorities of a :class:`PrioritizedSampler` for a while, and changes them meanwhile."""
 
-    def written(self, row: int, vacated: int | None) -> None:
-        """New transitions have come into ``row``, and those of the row ``vacated`` are gone."""
+    def written(self, row: int) -> None:
+        """New transitions have come into this row."""
 
     def give_back(self) -> tuple[Array, float]:
         """All values, float64, and the largest of them ever; they are the sampler's again."""
@@ -288,14 +288,13 @@ class PrioritizedSampler:
 
     def written(self, buffer: Ring, row: int) -> None:
         """Give new transitions the largest priority."""
-        # The observation in the row that follows was what came next here: its own transition is gone
-        vacated = (row + 1) % buffer.buffer_size if buffer.optimize_memory_usage else None
         if self._borrower is not None:
-            self._borrower.written(row, vacated)
+            self._borrower.written(row)
             return
         self._set_row(row, self.max_value)
-        if vacated is not None:
-            self._set_row(vacated, 0.0)
+        if buffer.optimize_memory_usage:
+            # The observation in the row that follows was what came next here: its own transition is gone
+            self._set_row((row + 1) % buffer.buffer_size, 0.0)
 
     def _set_row(self, row: int, value: float) -> None:
         end = (row + 1) * self.n_envs
