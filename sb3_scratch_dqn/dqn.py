@@ -251,6 +251,7 @@ class ScratchDQN(LeanRollouts):
         self._engine_made_of = self._what_engines_are_made_of()
         before = getattr(self, "_engine", None)
         self._engine, why = choose_engine(self.engine, self.policy, self._objective())
+        self._act = None  # of the engine before, whose memory another may need
         if self.verbose >= 1 and (before is None or before.title != self._engine.title):
             print(why)
 

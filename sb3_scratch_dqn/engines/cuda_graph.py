@@ -163,14 +163,15 @@ class CudaGraphEngine:
 
     def _feed_for(self, source: BatchSource) -> Feed:
         if self._feed is None or not self._feed.serves(source):
-            on_device = source.plain is not None and DeviceReplay.why_not(source.plain, self._device) is None
             self._updates.clear()
-            self._feed = None  # before there is memory for another copy
-            self._feed = (
-                DeviceFeed(source, self._device, self._number)
-                if on_device
-                else HostFeed(source, self.policy, self._updates.clear)
-            )
+            self._feed = None  # first, for the memory that another one needs
+            reason = None if source.plain is None else DeviceReplay.why_not(source.plain, self._device)
+            if reason is not None:
+                warnings.warn(f"{self.title} gets batches from the host, which takes longer: {reason}", stacklevel=4)
+            if source.plain is None or reason is not None:
+                self._feed = HostFeed(source, self.policy, self._updates.clear)
+            else:
+                self._feed = DeviceFeed(source, self._device, self._number)
             self._feed.record(lambda function: self._record(function, function))
         return self._feed
 

@@ -223,7 +223,6 @@ class HostFeed:
 
     def diverged(self) -> None:
         """The source looks itself."""
-        return
 
 
 def _tensors(batch: Batch) -> list[th.Tensor]:

@@ -34,7 +34,7 @@ class DeviceReplay:
         self._buffer, self._store, self._keeper = buffer, buffer.store, buffer.store.keeper
         self.capacity, self.n_envs, self.n_steps = buffer.buffer_size, buffer.n_envs, buffer.n_steps
         arrays = _row_arrays(buffer)
-        self._names = arrays.keys()
+        self._names = list(arrays)
         self._ring = DeviceRing(self.capacity, self.n_envs, arrays, device)
         self._frames = DeviceFrames(self._keeper, device) if isinstance(self._keeper, StackedFrames) else None
         space = buffer.observation_space
@@ -56,7 +56,9 @@ class DeviceReplay:
         if device.type == "cuda":
             needed = DeviceRing.bytes_of(buffer.buffer_size, buffer.n_envs, arrays)
             needed += DeviceFrames.bytes_of(keeper) if isinstance(keeper, StackedFrames) else 0
-            free = th.cuda.mem_get_info(device)[0]
+            # What PyTorch keeps for later is free too
+            kept = th.cuda.memory_reserved(device) - th.cuda.memory_allocated(device)
+            free = th.cuda.mem_get_info(device)[0] + kept
             if needed > _PART_OF_MEMORY * free:
                 return f"the full buffer takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {device}"
         return None
@@ -69,7 +71,7 @@ class DeviceReplay:
             and store is self._store
             and store.keeper is self._keeper
             and (buffer.buffer_size, buffer.n_envs, buffer.n_steps) == (self.capacity, self.n_envs, self.n_steps)
-            and _row_arrays(buffer).keys() == self._names
+            and list(_row_arrays(buffer)) == self._names
             and (self._frames is None or self._frames.serves())
         )
 

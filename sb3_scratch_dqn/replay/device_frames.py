@@ -118,7 +118,7 @@ class _DevicePool:
 
     def __init__(self, pool: FramePool, device: th.device) -> None:
         self._depth = pool.depth
-        self._slots, self._behind = _slots_for(pool), 0  # how many there are, and have been copied
+        self._slots = _slots_for(pool)
         self._ring = DeviceRing(self._slots, 1, _in_one_column(pool), device)
 
     @staticmethod

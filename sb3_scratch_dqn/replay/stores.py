@@ -169,7 +169,8 @@ class Store:
         """Let the following row not go on with the episodes of these environments, ``(n_envs,)``."""
         self.cuts[row] = where
         self.has_cuts = True
-        self.edits += row != (self.written - 1) % self.capacity
+        if row != (self.written - 1) % self.capacity:
+            self.edits += 1
 
     def write_masks(self, row: int, masks: Array | bool, next_masks: Array | bool) -> None:
         """Put what was allowed before and after one step into a row that was written.
