@@ -1,7 +1,8 @@
 """The CUDA graph engine computes what the eager one does, up to rounding.
 
-All but the recording itself is the same on every device. So most of this happens on the CPU, where a recording is the
-function itself. What a recording must not contain is looked for there too. Where there is a GPU, all is compared there.
+All but the recording itself is the same on every device. So most of this happens on the CPU: recordings are made by a
+tape, which notes calls of PyTorch and makes them again on the same memory, without Python, as CUDA graphs do. What a
+recording must not contain is looked for there too. Where there is a GPU, all is compared on it.
 """
 
 import gc
@@ -24,7 +25,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sb3_scratch_dqn import DQNPolicy, ScratchDQN, dqn
+from sb3_scratch_dqn import ScratchDQN, dqn
 from sb3_scratch_dqn.engines import choose, recording
 from sb3_scratch_dqn.engines.cuda_graph import CudaGraphEngine, _sizes
 from sb3_scratch_dqn.engines.device_steps import DeviceSteps
@@ -113,7 +114,7 @@ CASES = {
     "masked munchausen": (MaskedEnv, {"munchausen": True, **PER}, QUANTILE),
     "normalized": (lambda: normalized(TimeoutEnv), {}, {}),
     "normalized, prioritized": (lambda: normalized(TimeoutEnv), PER, {}),
-    "her": (BitFlippingEnv, {"replay_buffer_class": HerReplayBuffer}, {}),
+    "her": (lambda: BitFlippingEnv(n_bits=4, max_steps=6), {"replay_buffer_class": HerReplayBuffer}, {}),
     "buffer of sb3": (TimeoutEnv, {"replay_buffer_class": ReplayBuffer}, {}),
     "own buffer": (TimeoutEnv, {"replay_buffer_class": OwnBuffer, **PER}, {}),
     "rainbow": (several, {**PER, "double_q": True, "n_steps": 3}, {"dueling": True, "noisy": True, **C51}),
@@ -228,8 +229,6 @@ def make(name, engine, device="cpu", **more):
     if policy == "CnnPolicy":
         policy_kwargs["net_arch"] = []
     settings = {**SETTINGS, **settings, **more}
-    if name == "her":
-        env = BitFlippingEnv(n_bits=4, max_steps=6)
     return ScratchDQN(policy or "MlpPolicy", env, engine=engine, device=device, policy_kwargs=policy_kwargs, **settings)
 
 
@@ -589,11 +588,6 @@ def test_greedy_actions_are_those_of_the_network_as_it_is():
 
 
 # What cannot be served
-
-
-class SGDPolicy(DQNPolicy):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{**kwargs, "optimizer_class": th.optim.SGD})
 
 
 def test_only_cuda_is_served():
