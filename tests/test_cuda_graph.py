@@ -653,13 +653,34 @@ class Waiting(BaseFeaturesExtractor):
         return observations * (2.0 if observations.sum().item() > 0 else 1.0)
 
 
-@pytest.mark.parametrize("name", ["rainbow", "normalized, prioritized", "prioritized"])
-def test_a_network_that_cannot_be_recorded_is_trained_eagerly(name, capsys, taped, monkeypatch):
+class Averaging(BaseFeaturesExtractor):
+    """Keeps an average, in another tensor each time."""
+
+    def __init__(self, space):
+        super().__init__(space, 3)
+        self.register_buffer("average", th.ones(3))
+
+    def forward(self, observations):
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * observations.abs().mean(dim=0)
+        return observations / self.average
+
+
+@pytest.mark.parametrize(
+    ("name", "extractor", "reason"),
+    [
+        ("rainbow", Waiting, "operation not permitted"),
+        ("normalized, prioritized", Waiting, "operation not permitted"),
+        ("prioritized", Waiting, "operation not permitted"),
+        ("prioritized", Averaging, "it puts other tensors in the place of its own"),
+    ],
+)
+def test_a_network_that_cannot_be_recorded_is_trained_eagerly(name, extractor, reason, capsys, taped, monkeypatch):
     monkeypatch.setattr(choose, "_ENGINES", (CudaGraphEngine, choose.EagerEngine))
-    monkeypatch.setitem(CASES, name, (*CASES[name][:2], {**CASES[name][2], "features_extractor_class": Waiting}))
+    monkeypatch.setitem(CASES, name, (*CASES[name][:2], {**CASES[name][2], "features_extractor_class": extractor}))
     taped.patient = False
     eager, states = learned(name, "eager", 2)
-    with pytest.warns(UserWarning, match="the network cannot be recorded: operation not permitted"):
+    with pytest.warns(UserWarning, match=f"the network cannot be recorded: {reason}"):
         model, its_states = learned(name, "auto", 2, verbose=1)
     assert model._engine.name == "eager"
     assert "Using the eager engine, as the CUDA graph engine cannot serve: the network" in capsys.readouterr().out

@@ -184,9 +184,14 @@ class CudaGraphEngine:
             self._updates[size] = self._record(_repeated(self._update, size), warm_up)
 
     def _record(self, function: Function, warm_up: Function | None) -> Function:
+        assert self._watch is not None
         try:
-            return self._recorder.record(function, self._state, warm_up)
+            recorded = self._recorder.record(function, self._state, warm_up)
+            if self._watch.changed():
+                raise CannotRecordError("it puts other tensors in the place of its own")
+            return recorded
         except CannotRecordError as error:
+            self._watch.restore()
             reason = f"the network cannot be recorded: {error}"
             _unrecordable[self.policy.q_net] = reason
             warnings.warn(f"{self.title} cannot serve: {reason}", stacklevel=5)

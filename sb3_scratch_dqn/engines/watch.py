@@ -88,3 +88,8 @@ class Watch:
             or [tensor.data_ptr() for tensor in self._tensors] != self._pointers
             or any(self._hooks)
         )
+
+    def restore(self) -> None:
+        """Put everything that was replaced back in its place."""
+        for held, name, value in self._places:
+            held[name] = value
