@@ -114,6 +114,9 @@ class ExpectedHead:
         return outputs.squeeze(1), target, None
 
 
+# Numbers that never change, each kept for good once somebody asked for it: a recorded update reads it where it lies
+_Constants = dict[tuple[th.dtype, th.device], th.Tensor]
+
 # Distances between atoms are computed with 32 bits
 _LARGEST = 1e30
 
@@ -142,12 +145,13 @@ class CategoricalHead:
             raise ValueError(f"v_min={v_min!r} and v_max={v_max!r} must lie between -{_LARGEST} and {_LARGEST}")
         self.n_outputs = int(n_atoms)
         self.v_min, self.v_max = float(v_min), float(v_max)
-        self._atoms = th.linspace(self.v_min, self.v_max, self.n_outputs, dtype=th.float64)
+        self._atoms: _Constants = {}
 
     def _atoms_like(self, tensor: th.Tensor) -> th.Tensor:
-        if self._atoms.dtype != tensor.dtype or self._atoms.device != tensor.device:
-            self._atoms = th.linspace(self.v_min, self.v_max, self.n_outputs, dtype=tensor.dtype, device=tensor.device)
-        return self._atoms
+        kind = tensor.dtype, tensor.device
+        if kind not in self._atoms:
+            self._atoms[kind] = th.linspace(self.v_min, self.v_max, self.n_outputs, dtype=kind[0], device=kind[1])
+        return self._atoms[kind]
 
     def q_values(self, outputs: th.Tensor) -> th.Tensor:
         r""":math:`\sum_i p_i z_i`, ``(B, A, K)`` to ``(B, A)``."""
@@ -222,12 +226,13 @@ class QuantileHead:
     def __init__(self, n_quantiles: int = 200) -> None:
         check_count("n_quantiles", n_quantiles)
         self.n_outputs = int(n_quantiles)
-        self._fractions = midpoints(self.n_outputs, th.empty(0))
+        self._fractions: _Constants = {}
 
     def _fractions_like(self, tensor: th.Tensor) -> th.Tensor:
-        if self._fractions.dtype != tensor.dtype or self._fractions.device != tensor.device:
-            self._fractions = midpoints(self.n_outputs, tensor)
-        return self._fractions
+        kind = tensor.dtype, tensor.device
+        if kind not in self._fractions:
+            self._fractions[kind] = midpoints(self.n_outputs, tensor)
+        return self._fractions[kind]
 
     def q_values(self, outputs: th.Tensor) -> th.Tensor:
         """The means of the quantiles, ``(B, A, K)`` to ``(B, A)``."""

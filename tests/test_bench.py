@@ -24,6 +24,12 @@ def test_ratios_are_of_single_rounds():
     assert comparison.ratios("ours", "theirs") == [0.25, 0.5, 3.0]
 
 
+def test_all_engines_of_a_device_take_part_unless_some_are_named():
+    assert [name for name in speed.contestants(None, "cpu") if name != "sbx"] == ["sb3", "eager", "fused"]
+    assert [name for name in speed.contestants(None, "cuda") if name != "sbx"] == ["sb3", "eager", "cuda_graph"]
+    assert speed.contestants(["fused"], "cuda") == ["fused"]
+
+
 def test_tables_are_markdown():
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 

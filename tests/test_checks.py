@@ -23,7 +23,7 @@ from sb3_scratch_dqn.checks import parse_frequency
 @pytest.mark.parametrize(
     ("name", "value", "right"),
     [
-        ("engine", "warp", "choose one of 'auto', 'fused', 'eager'"),
+        ("engine", "warp", "choose one of 'auto', 'fused', 'cuda_graph', 'eager'"),
         ("loss", "l1", "choose one of 'huber', 'mse'"),
         ("loss", None, "choose one of"),
         ("exploration_schedule", "cosine", "choose one of 'linear', 'exponential'"),

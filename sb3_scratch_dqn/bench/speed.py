@@ -204,7 +204,7 @@ def contestants(names: Sequence[str] | None, device: str) -> list[str]:
     """
     if names:
         return list(names)
-    engines = ["eager", "fused"] if device == "cpu" else ["eager"]
+    engines = ["eager", "fused"] if device == "cpu" else ["eager", "cuda_graph"]
     return ["sb3", *engines, *(["sbx"] if find_spec("sbx") else [])]
 
 

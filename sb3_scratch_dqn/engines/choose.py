@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar, Protocol
 
+from sb3_scratch_dqn.engines.cuda_graph import CudaGraphEngine
 from sb3_scratch_dqn.engines.eager import EagerEngine
 from sb3_scratch_dqn.engines.fused_autograd import FusedAutogradEngine
 from sb3_scratch_dqn.engines.fused_cpu import FusedEngine
@@ -16,18 +17,20 @@ class Engine(Protocol):
 
     :param name: that users ask for it by; several may share one, the fastest of which is taken
     :param title: for people
+    :param device_type: of the device that it computes on; ``None`` for any
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    device_type: ClassVar[str | None]
     policy: DQNPolicy
     last_update: LastUpdate | None
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
         """Make one."""
 
-    @staticmethod
-    def why_not(policy: DQNPolicy, objective: Objective) -> str | None:
+    @classmethod
+    def why_not(cls, policy: DQNPolicy, objective: Objective) -> str | None:
         """Why this engine cannot serve; ``None`` if it can."""
 
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
@@ -44,7 +47,7 @@ class Engine(Protocol):
 
 
 # In the order in which "auto" prefers them; the last one serves everything
-_ENGINES: tuple[type[Engine], ...] = (FusedEngine, FusedAutogradEngine, EagerEngine)
+_ENGINES: tuple[type[Engine], ...] = (FusedEngine, FusedAutogradEngine, CudaGraphEngine, EagerEngine)
 ENGINE_NAMES = ("auto", *dict.fromkeys(engine.name for engine in _ENGINES))
 
 
@@ -61,6 +64,8 @@ def choose_engine(name: str, policy: DQNPolicy, objective: Objective) -> tuple[E
     for engine in _ENGINES:
         if name not in ("auto", engine.name):
             continue
+        if name == "auto" and engine.device_type not in (None, policy.device.type):
+            continue  # nobody expects it
         reason = engine.why_not(policy, objective)
         if reason is None:
             why = f"as {' and '.join(reasons)}" if reasons else "the fastest for these settings"

@@ -22,7 +22,12 @@ _BATCHES_AT_ONCE = 16
 _BYTES_AT_ONCE = 2**22
 
 
-def _batches_at_once(space: spaces.Space[Any], batch_size: int) -> int:
+def batches_at_once(space: spaces.Space[Any], batch_size: int) -> int:
+    """How many batches are best drawn in one go, if they may be.
+
+    :param space: of the observations
+    :param batch_size: transitions in each
+    """
     parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
     one = sum(math.prod(part.shape or ()) * (4 if part.dtype is None else part.dtype.itemsize) for part in parts)
     return max(1, min(_BATCHES_AT_ONCE, _BYTES_AT_ONCE // (2 * batch_size * max(one, 1))))
@@ -37,6 +42,7 @@ class EagerEngine:
 
     name: ClassVar[str] = "eager"
     title: ClassVar[str] = "the eager engine"
+    device_type: ClassVar[str | None] = None
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
         self.policy = policy
@@ -67,7 +73,7 @@ class EagerEngine:
         policy.set_training_mode(True)
         target = make_target(self.objective, policy.q_net, policy.q_net_target, policy.head)
         parameters = list(policy.q_net.parameters())
-        at_once = _batches_at_once(policy.observation_space, source.batch_size) if source.ahead else 1
+        at_once = batches_at_once(policy.observation_space, source.batch_size) if source.ahead else 1
         losses = []
         for begin in range(0, gradient_steps, at_once):
             n_batches = min(at_once, gradient_steps - begin)

@@ -15,7 +15,7 @@ import torch as th
 from torch import nn
 
 from sb3_scratch_dqn.engines.products import both
-from sb3_scratch_dqn.overriding import replaced
+from sb3_scratch_dqn.engines.watch import Watch, has_own_way, why_no_plain_steps
 from sb3_scratch_dqn.policies import DQNPolicy
 
 # Steps between looks for averages that are too small to matter, and how small that is: in so many steps, at Adam's
@@ -45,46 +45,9 @@ def why_no_adam(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter
     for name in _UNKNOWN_SETTINGS:
         if group.get(name):
             return f"Adam has {name}={group[name]!r}"
-    if replaced(optimizer, th.optim.Adam, "zero_grad") or "step" in vars(optimizer):
-        return "methods of the optimizer were patched, as schedulers of learning rates do"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        return "the optimizer has hooks"
     if isinstance(group["lr"], th.Tensor):
         return "the learning rate of the optimizer is a tensor"
-    return None
-
-
-# Methods that somebody may patch, and then wants to see called
-_PATCHED = frozenset(
-    {
-        *("outputs", "forward", "evaluate", "target_outputs", "values_given", "extract_features", "_predict", "noise"),
-        *("q_values", "backup", "losses", "moments"),  # of heads
-    }
-)
-
-
-def is_patched(instance: object) -> bool:
-    """Whether somebody patched a method of this network or head."""
-    return not _PATCHED.isdisjoint(vars(instance))
-
-
-def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """What hangs on a module to see, or change, what goes through it; each stays the same object."""
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-
-
-def has_own_way(parameter: th.Tensor) -> bool:
-    """Whether somebody froze a parameter, or hung up hooks for its gradient, which only autograd heeds."""
-    return (
-        not parameter.requires_grad
-        or bool(parameter._backward_hooks)
-        or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
-    )
+    return why_no_plain_steps(optimizer)
 
 
 class FlatParameters:
@@ -97,31 +60,13 @@ class FlatParameters:
         self._policy = policy
         self._optimizer = policy.optimizer
         online, target = list(policy.q_net.parameters()), list(policy.q_net_target.parameters())
-        self._online, self._both_networks = online, [*online, *target]
+        self._online = online
         self.parameters, self.target = self._flatten(online), self._flatten(target)
         self.gradient = both(th.zeros_like(self.parameters))
         self._gradients = list(_views(self.gradient.tensor, online))
         self.show_gradients()
         self._arrange_state(online)
-        # What must stay where it is: a dict, a name in it, and the object of that name
-        self._places = [
-            (vars(policy), "head", policy.head),
-            (policy._modules, "q_net", policy.q_net),
-            (policy._modules, "q_net_target", policy.q_net_target),
-            *(
-                (held, name, value)
-                for module in (*policy.q_net.modules(), *policy.q_net_target.modules())
-                for held in (module._modules, module._parameters)
-                for name, value in held.items()
-            ),
-            *((state, name, value) for state in self._states for name, value in state.items()),
-        ]
-        self._patchable = (policy.q_net, policy.q_net_target, policy.head)
-        # Whatever hooks hang on, now or later, sees every step only in autograd's way
-        self._hooks: list[Any] = [
-            hooks for module in (*policy.q_net.modules(), *policy.q_net_target.modules()) for hooks in hooks_of(module)
-        ]
-        self._pointers = [parameter.data_ptr() for parameter in self._both_networks]
+        self._watch = Watch(policy, self._states)
 
     def show_gradients(self) -> None:
         """Let the parameters have these gradients, as they have them after autograd."""
@@ -175,11 +120,8 @@ class FlatParameters:
             or optimizer.state is not self._state
             or len(self._state) != len(self._states)
             or not all(map(is_, self._state.values(), self._states))
-            or not all(held.get(name) is value for held, name, value in self._places)
-            or any(map(is_patched, self._patchable))
+            or self._watch.changed()
             or why_no_adam(optimizer, self._online) is not None
-            or [parameter.data_ptr() for parameter in self._both_networks] != self._pointers
-            or any(self._hooks)
             or any(map(has_own_way, self._online))
         )
 

@@ -30,6 +30,7 @@ class FusedAutogradEngine(EagerEngine):
 
     name: ClassVar[str] = "fused"
     title: ClassVar[str] = "the fused engine with autograd"
+    device_type: ClassVar[str | None] = "cpu"
 
     @staticmethod
     def why_not(policy: DQNPolicy, objective: Objective) -> str | None:

@@ -27,9 +27,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_scratch_dqn.engines.dense import ACTIVATIONS, DenseNetwork, linear_layers
-from sb3_scratch_dqn.engines.flat import FlatParameters, has_own_way, hooks_of, is_patched, why_no_adam
+from sb3_scratch_dqn.engines.flat import FlatParameters, why_no_adam
 from sb3_scratch_dqn.engines.products import Floats
 from sb3_scratch_dqn.engines.update import LastUpdate
+from sb3_scratch_dqn.engines.watch import has_own_way, hooks_of, is_patched
 from sb3_scratch_dqn.heads import ExpectedHead, ValueHead, huber, squared
 from sb3_scratch_dqn.networks import DuelingStreams, QNetwork
 from sb3_scratch_dqn.noisy import NoisyLinear
@@ -148,6 +149,7 @@ class FusedEngine:
 
     name: ClassVar[str] = "fused"
     title: ClassVar[str] = "the fused engine"
+    device_type: ClassVar[str | None] = "cpu"
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
         self.policy = policy

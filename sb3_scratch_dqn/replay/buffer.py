@@ -25,13 +25,18 @@ from sb3_scratch_dqn.replay.observations import (
     Space,
     gather,
 )
-from sb3_scratch_dqn.replay.samplers import Sampler, UniformSampler, make_sampler
+from sb3_scratch_dqn.replay.samplers import PrioritizedSampler, Sampler, UniformSampler, make_sampler
 from sb3_scratch_dqn.replay.stores import Store
 
 
 def _in_store(name: str) -> Any:
     """An attribute that lives in the store, which replaces its arrays as it grows."""
-    return property(lambda self: getattr(self.store, name), lambda self, value: self.store.replace(name, value))
+
+    def get(self: "ScratchReplayBuffer") -> Any:
+        self.store.edits += 1  # whoever asks may write into it
+        return getattr(self.store, name)
+
+    return property(get, lambda self, value: self.store.replace(name, value))
 
 
 class ScratchReplayBuffer(ReplayBuffer):
@@ -136,6 +141,7 @@ class ScratchReplayBuffer(ReplayBuffer):
 
         :raises AttributeError: with ``optimize_memory_usage``, which keeps it in ``observations`` alone
         """
+        self.store.edits += 1
         return self.store.next_observations
 
     @next_observations.setter
@@ -303,6 +309,9 @@ class BatchSource:
     :param give_back: takes the priorities of the transitions of one batch, ``(B,)``
     :param ahead: whether ``draw`` can be asked for more than one batch at a time, before any priorities are known
     :param batch_size: transitions of one batch
+    :param plain: the buffer, if all that ``draw`` does is to sample from it in the known way, with the discount
+        ``gamma``, so that somebody else may do it elsewhere
+    :param gamma: discount of one step
     """
 
     draw: Callable[[int], Batch]
@@ -310,6 +319,8 @@ class BatchSource:
     give_back: Callable[[Batch | ArrayBatch, th.Tensor], None]
     ahead: bool
     batch_size: int
+    plain: ScratchReplayBuffer | None = None
+    gamma: float = 0.0
 
 
 def _ignore(batch: Batch | ArrayBatch, priorities: th.Tensor) -> None:
@@ -341,6 +352,26 @@ def batch_source(buffer: ReplayBuffer, batch_size: int, env: VecNormalize | None
         give_back,
         not buffer.sampler.learns,
         batch_size,
+        buffer if env is None and _is_plain(buffer) else None,
+        gamma,
+    )
+
+
+# Classes whose ways are known, so that somebody else can go them
+_PLAIN_SAMPLERS = (UniformSampler, PrioritizedSampler)
+_PLAIN_KEEPERS = (DenseObservations, SharedObservations, StackedFrames)
+
+
+def _is_plain(buffer: ScratchReplayBuffer) -> bool:
+    """Whether nobody changed how a buffer stores, samples and folds."""
+    sampler, store = buffer.sampler, buffer.store
+    return (
+        type(buffer) is ScratchReplayBuffer
+        and type(sampler) in _PLAIN_SAMPLERS
+        and type(store) is Store
+        and type(store.keeper) in _PLAIN_KEEPERS
+        # A method that was patched
+        and not any(callable(value) for one in (buffer, sampler, store, store.keeper) for value in vars(one).values())
     )
 
 

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 
 from sb3_scratch_dqn.replay.frame_pool import FramePool, array_name
@@ -83,7 +84,7 @@ class _Layout:
         self.frame_shape = (*before, depth, *after)
         rest = [place for place in range(1, len(self.split) + 1) if place != axis + 1]
         self._to_frames = (0, axis + 1, *rest)
-        self._to_stacks = tuple(np.argsort(self._to_frames))
+        self._to_stacks = tuple(np.argsort(self._to_frames).tolist())
         # Frames are compared as the fewest whole numbers that hold their bits: NaN and the sign of zero count too
         bits = math.prod(self.frame_shape) * dtype.itemsize
         self._word = next(np.dtype(f"u{size}") for size in (8, 4, 2, 1) if bits % size == 0)
@@ -96,6 +97,10 @@ class _Layout:
         """``(B, k, *frame_shape)`` to ``(B, *shape)``; a view where that is possible."""
         stacks: Array = frames.transpose(self._to_stacks).reshape(len(frames), *self.shape)
         return stacks
+
+    def stacked_tensors(self, frames: th.Tensor) -> th.Tensor:
+        """The same for tensors."""
+        return frames.permute(self._to_stacks).reshape(len(frames), *self.shape)
 
     def words(self, frames: Array) -> Array:
         """The bits of contiguous frames, ``(B, k, W)``."""

@@ -1,7 +1,7 @@
 """Which transitions an update learns from."""
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,16 @@ class Draw(NamedTuple):
     rows: Array
     envs: Array
     weights: Array
+
+
+class Borrower(Protocol):
+    """Keeps the priorities of a :class:`PrioritizedSampler` for a while, and changes them meanwhile."""
+
+    def written(self, row: int) -> None:
+        """New transitions have come into this row."""
+
+    def give_back(self) -> tuple[Array, float]:
+        """All values, float64, and the largest of them ever; they are the sampler's again."""
 
 
 class Sampler(Protocol):
@@ -140,6 +150,24 @@ class UniformSampler:
         return 0
 
 
+DIVERGED = "priorities must be finite, but some are not: training diverged; lower learning_rate"
+
+# For arrays and tensors of float64 alike
+Numbers = TypeVar("Numbers", npt.NDArray[np.float64], th.Tensor)
+
+
+def value_of(priorities: Numbers, epsilon: "float | Numbers", alpha: "float | Numbers") -> Numbers:
+    """What transitions of these priorities count, ``(B,)``."""
+    values: Numbers = (priorities + epsilon) ** alpha
+    return values
+
+
+def importance_weights(values: Numbers, beta: "float | Numbers") -> Numbers:
+    """Weights of the losses of a batch, ``(B,)``, from what its transitions count."""
+    weights: Numbers = (values.min() / values) ** beta
+    return weights
+
+
 class PrioritizedSampler:
     r"""Transitions by how much there is to learn from them (Schaul et al. 2016, https://arxiv.org/abs/1511.05952).
 
@@ -170,8 +198,64 @@ class PrioritizedSampler:
         self.beta_final = beta_final
         self.epsilon = epsilon
         self.progress_remaining = 1.0
-        self.max_value = 1.0  # of (p + epsilon)**alpha
-        self.tree = SumTree()
+        self._max_value = 1.0  # of (p + epsilon)**alpha
+        self._tree = SumTree()
+        self._borrower: Borrower | None = None
+
+    @property
+    def tree(self) -> SumTree:
+        r"""What every transition counts, :math:`(p + \epsilon)^\alpha`."""
+        self._call_back()
+        return self._tree
+
+    @property
+    def max_value(self) -> float:
+        """The largest value so far."""
+        self._call_back()
+        return self._max_value
+
+    @max_value.setter
+    def max_value(self, value: float) -> None:
+        self._call_back()
+        self._max_value = value
+
+    def lend(self, borrower: Borrower) -> tuple[Array, float]:
+        """Let somebody else keep the priorities, until the next time that anybody asks here.
+
+        :return: all values, float64, and the largest so far
+        """
+        values = self.tree.values
+        self._borrower = borrower
+        return values, self._max_value
+
+    def is_lent_to(self, borrower: Borrower) -> bool:
+        """Whether somebody has the priorities."""
+        return self._borrower is borrower
+
+    def _call_back(self) -> None:
+        if self._borrower is not None:
+            borrower, self._borrower = self._borrower, None
+            values, self._max_value = borrower.give_back()
+            self._tree.reserve(len(values))
+            self._tree.set(np.arange(len(values)), values)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy the priorities, whoever has them."""
+        self._call_back()
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read also what was pickled before priorities could be lent."""
+        state = {"_borrower": None, **state}
+        for name in ("tree", "max_value"):
+            if name in state:
+                state[f"_{name}"] = state.pop(name)
+        vars(self).update(state)
+
+    @property
+    def beta_now(self) -> float:
+        """How much of the bias the weights undo at this point of the training."""
+        return self.beta_final + self.progress_remaining * (self.beta - self.beta_final)
 
     def draw(self, buffer: Ring, batch_size: int, n_batches: int = 1) -> Draw:
         """Choose ``batch_size`` transitions.
@@ -180,14 +264,23 @@ class PrioritizedSampler:
         :raises ValueError: if the buffer is empty
         """
         assert n_batches == 1
-        _refuse_empty(buffer)
-        parts = (np.arange(batch_size) + np.random.random_sample(batch_size)) / batch_size
-        places = self.tree.find(parts)
-        values = self.tree.values.take(places)
-        beta = self.beta_final + self.progress_remaining * (self.beta - self.beta_final)
-        weights = (values.min() / values) ** beta
+        tree, parts = self.tree, self.draw_parts(buffer, batch_size)
+        places = tree.find(parts)
+        weights = importance_weights(tree.values.take(places), self.beta_now)
         rows, envs = (places, np.zeros_like(places)) if self.n_envs == 1 else np.divmod(places, self.n_envs)
         return Draw(rows, envs, weights.astype(np.float32))
+
+    def draw_parts(self, buffer: Ring, batch_size: int, n_batches: int = 1) -> Array:
+        """Choose a part of the total, from 0 to 1, for each of ``batch_size`` transitions, in ascending order.
+
+        :param n_batches: for so many batches, what as many calls would draw
+        :return: ``(n_batches * batch_size,)``
+        :raises ValueError: if the buffer is empty
+        """
+        _refuse_empty(buffer)
+        drawn = np.random.random_sample((n_batches, batch_size))
+        parts: Array = ((np.arange(batch_size) + drawn) / batch_size).reshape(-1)
+        return parts
 
     def draw_envs(self, buffer: Ring, batch_size: int) -> Array:
         """Choose an environment for each of ``batch_size`` transitions, all alike."""
@@ -195,6 +288,9 @@ class PrioritizedSampler:
 
     def written(self, buffer: Ring, row: int) -> None:
         """Give new transitions the largest priority."""
+        if self._borrower is not None:
+            self._borrower.written(row)
+            return
         self._set_row(row, self.max_value)
         if buffer.optimize_memory_usage:
             # The observation in the row that follows was what came next here: its own transition is gone
@@ -210,10 +306,10 @@ class PrioritizedSampler:
 
         :raises ValueError: if there is one that is no number, as after training diverged
         """
-        values: npt.NDArray[np.float64] = (priorities.cpu().double().numpy() + self.epsilon) ** self.alpha
+        values = value_of(priorities.cpu().double().numpy(), self.epsilon, self.alpha)
         largest = float(values.max())  # which is no number if any of them is none
         if not math.isfinite(largest):
-            raise ValueError("priorities must be finite, but some are not: training diverged; lower learning_rate")
+            raise ValueError(DIVERGED)
         self.max_value = max(self.max_value, largest)
         self.tree.set(rows if self.n_envs == 1 else rows * self.n_envs + envs, values)
 
@@ -245,7 +341,7 @@ class PrioritizedSampler:
 
     def bytes_of(self, transitions: int) -> int:
         """The memory of the tree, which may have room for twice as many values."""
-        return 2 * transitions * self.tree.values.itemsize
+        return 2 * transitions * self._tree.values.itemsize
 
     def settings(self) -> dict[str, float]:
         """What it is and knows, but for the priorities."""

@@ -43,6 +43,9 @@ class Store:
 
     Masks of allowed actions, ``(rows, n_envs, A)``, are kept from the first that is written on; before that they are
     ``None``, and cost nothing.
+
+    For whoever keeps a copy, ``written`` counts the rows that are written, and ``edits`` the occasions on which others
+    may have been changed. The newest row may change without either.
     """
 
     COLUMNS: ClassVar = ("actions", "rewards", "dones", "timeouts")  # those that SB3's buffers have too
@@ -55,6 +58,8 @@ class Store:
     timeouts: npt.NDArray[np.float32]
     cuts: npt.NDArray[np.bool_]
     has_cuts = False  # whether there may be any
+    written = 0
+    edits = 0
     action_masks: npt.NDArray[np.bool_] | None = None
     next_action_masks: npt.NDArray[np.bool_] | None = None
 
@@ -88,6 +93,7 @@ class Store:
 
         :raises ValueError: if they are of another kind or shape
         """
+        self.edits += 1
         if name not in self.OWN_COLUMNS:
             self.keeper.replace(name, value)
             return
@@ -157,11 +163,14 @@ class Store:
         self.timeouts[row] = timeout
         if self.has_cuts:
             self.cuts[row] = False
+        self.written += 1
 
     def cut(self, row: int, where: Array) -> None:
         """Let the following row not go on with the episodes of these environments, ``(n_envs,)``."""
         self.cuts[row] = where
         self.has_cuts = True
+        if row != (self.written - 1) % self.capacity:
+            self.edits += 1
 
     def write_masks(self, row: int, masks: Array | bool, next_masks: Array | bool) -> None:
         """Put what was allowed before and after one step into a row that was written.
@@ -218,3 +227,5 @@ class Store:
         self.has_cuts = bool(taken["cuts"].any())
         vars(self).update(taken)
         self.rows = rows
+        self.written = next_row
+        self.edits += 1
