@@ -95,9 +95,10 @@ class ScratchDQN(LeanRollouts):
         (https://arxiv.org/abs/2007.14430)
     :param munchausen_kwargs: ``tau`` (0.03), ``alpha`` (0.9) and ``clip`` (-1.0), as in
         :class:`sb3_scratch_dqn.td.MunchausenTarget`
-    :param engine: how updates are executed: ``"auto"``, the fastest that serves these settings; ``"fused"``, on the
-        CPU in fewer calls, and ``"cuda_graph"``, on a GPU in fewer launches, the same up to rounding; ``"eager"``, the
-        numbers of SB3's ``DQN`` to the last bit. With ``verbose=1`` it says which one is used, and why
+    :param engine: how updates are executed: ``"auto"``, the fastest that serves these settings, but for
+        ``"cuda_graph"``; ``"fused"``, on the CPU in fewer calls, and ``"cuda_graph"``, on a GPU in fewer launches, the
+        same up to rounding; ``"eager"``, the numbers of SB3's ``DQN`` to the last bit. With ``verbose=1`` it says which
+        one is used, and why
     :raises ValueError: for settings that cannot work, naming the first of them
     :raises AssertionError: for an environment whose actions are not ``Discrete``
     """

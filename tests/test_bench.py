@@ -7,6 +7,7 @@ import torch as th
 
 from sb3_scratch_dqn.bench import speed
 from sb3_scratch_dqn.bench.__main__ import main
+from sb3_scratch_dqn.bench.speed_results import Figures, Measured, Round
 from sb3_scratch_dqn.bench.timing import Comparison, compare, table
 
 
@@ -71,13 +72,13 @@ def test_a_contestant_that_cannot_take_part_is_told_and_the_others_go_on(capsys,
 
 
 def test_ratios_above_one_are_in_our_favour():
-    rounds = [speed.Round(2.0, 0.2), speed.Round(4.0, 0.4)]
-    measured = {
-        "sb3": speed.Figures([speed.Round(6.0, 0.6), speed.Round(20.0, 0.4)], 2**30),
-        "fused": speed.Figures(rounds, 2**29),
+    rounds = [Round(2.0, 0.2), Round(4.0, 0.4)]
+    contestants = {
+        "sb3": Figures([Round(6.0, 0.6), Round(20.0, 0.4)], 2**30),
+        "fused": Figures(rounds, 2**29),
         "sbx": "ImportError: no",
     }
-    text = speed.report(speed.CASES["defaults"], measured)
+    text = Measured("a case", 4_000, contestants, {}).markdown()
     assert "| fused | 1,333 | 3 | 4.00 (3.00-5.00) | 2.00 (1.00-3.00) | 512 MiB |" in text
     assert "sbx: ImportError: no" in text
 

@@ -158,6 +158,16 @@ SETTINGS = {
 }
 
 
+# Why "auto" leaves it alone
+BY_ITSELF = CudaGraphEngine.not_by_itself
+
+
+@pytest.fixture(autouse=True)
+def _by_itself(monkeypatch):
+    """Let "auto" take the engine, so that it is seen what that does."""
+    monkeypatch.setattr(CudaGraphEngine, "not_by_itself", None)
+
+
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Let the engine serve the CPU, where a recording is the function itself."""
@@ -602,6 +612,16 @@ def test_nobody_is_told_of_engines_for_other_devices(capsys):
     assert "Using the fused engine, the fastest for these settings" in said
     assert "Using the eager engine, as" in said
     assert "CUDA" not in said
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_auto_leaves_it_to_the_user(capsys, monkeypatch):
+    monkeypatch.setattr(choose, "_ENGINES", (CudaGraphEngine, choose.EagerEngine))
+    monkeypatch.setattr(CudaGraphEngine, "not_by_itself", BY_ITSELF)
+    assert make("defaults", "auto", verbose=1)._engine.name == "eager"
+    told = "Using the eager engine, as the CUDA graph engine must be asked for: engine='cuda_graph'"
+    assert told in capsys.readouterr().out
+    assert make("defaults", "cuda_graph")._engine.name == "cuda_graph"
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -18,11 +18,13 @@ class Engine(Protocol):
     :param name: that users ask for it by; several may share one, the fastest of which is taken
     :param title: for people
     :param device_type: of the device that it computes on; ``None`` for any
+    :param not_by_itself: why ``"auto"`` leaves it alone even where it can serve; ``None`` if it does not
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     device_type: ClassVar[str | None]
+    not_by_itself: ClassVar[str | None]
     policy: DQNPolicy
     last_update: LastUpdate | None
 
@@ -67,6 +69,9 @@ def choose_engine(name: str, policy: DQNPolicy, objective: Objective) -> tuple[E
         if name == "auto" and engine.device_type not in (None, policy.device.type):
             continue  # nobody expects it
         reason = engine.why_not(policy, objective)
+        if reason is None and name == "auto" and engine.not_by_itself is not None:
+            reasons.append(f"{engine.title} {engine.not_by_itself}")
+            continue
         if reason is None:
             why = f"as {' and '.join(reasons)}" if reasons else "the fastest for these settings"
             return engine(policy, objective), f"Using {engine.title}, {'as asked' if name == 'eager' else why}"

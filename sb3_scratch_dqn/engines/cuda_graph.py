@@ -67,6 +67,8 @@ class CudaGraphEngine:
     name: ClassVar[str] = "cuda_graph"
     title: ClassVar[str] = "the CUDA graph engine"
     device_type: ClassVar[str | None] = "cuda"
+    # What is compared with the eager engine on the CPU alone is nobody's default
+    not_by_itself: ClassVar[str | None] = "must be asked for: engine='cuda_graph'"
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
         self.policy = policy

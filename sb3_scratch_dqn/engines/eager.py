@@ -43,6 +43,7 @@ class EagerEngine:
     name: ClassVar[str] = "eager"
     title: ClassVar[str] = "the eager engine"
     device_type: ClassVar[str | None] = None
+    not_by_itself: ClassVar[str | None] = None
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
         self.policy = policy

@@ -150,6 +150,7 @@ class FusedEngine:
     name: ClassVar[str] = "fused"
     title: ClassVar[str] = "the fused engine"
     device_type: ClassVar[str | None] = "cpu"
+    not_by_itself: ClassVar[str | None] = None
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
         self.policy = policy
