@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from joblib.externals.loky import get_reusable_executor
 
@@ -103,13 +104,15 @@ def test_each_run_leaves_a_file_that_describes_it(finished):
 
 
 def test_a_run_that_was_killed_goes_on_and_leaves_the_same_files(finished, tmp_path, capsys):
-    command = [sys.executable, "-m", "sb3_scratch_dqn.bench", "run", *GRID, "--jobs", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "sb3_scratch_dqn.bench", "run", *GRID, "--jobs", "2", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not files(tmp_path):
         assert process.poll() is None
         time.sleep(0.02)
+    others = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
+    assert psutil.wait_procs(others, timeout=20)[1] == []  # nobody goes on with what nobody wants
     before = files(tmp_path)
     assert len(before) < 4
     kept = {path: (tmp_path / path).stat().st_mtime_ns for path in before}
@@ -145,7 +148,7 @@ def test_a_run_that_fails_is_recorded_and_told(environments, tmp_path, capsys):
     tried = []
     monkeypatched = pytest.MonkeyPatch()
     with monkeypatched.context() as patch:
-        patch.setattr(grid, "execute", lambda run: tried.append(run) or {**failed, "env": run.env})
+        patch.setattr(grid, "execute", lambda run, wanted_by: tried.append(run) or {**failed, "env": run.env})
         for more in ([], ["--jobs", "1", "--retry-failed"]):
             with pytest.raises(SystemExit):
                 main([*arguments, *more])

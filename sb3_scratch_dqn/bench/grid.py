@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,15 @@ BACKENDS = ("loky", "ray", "dask")
 _KEPT_OF_OUTPUT = 4_000  # characters, of a process that broke down
 
 
-def execute(run: Run) -> dict[str, Any]:
-    """Execute a run in a process of its own and wait for it.
+def execute(run: Run, wanted_by: int | None = None) -> dict[str, Any]:
+    """Execute a run in a process of its own and wait for it; both end if nobody waits for this one any more.
 
     :param run: the run
+    :param wanted_by: the process that waits for this one on this machine; ``None`` for the one that started it
     :return: what is known of it, ready for JSON; its status is ``"failed"`` if something went wrong
     """
-    parent = os.getppid()
+    # With one run at a time joblib has no other process than that one
+    parent = os.getppid() if wanted_by in (None, os.getpid()) else wanted_by
     with tempfile.TemporaryDirectory() as folder:
         answer, output = Path(folder, "run.json"), Path(folder, "output.txt")
         with output.open("w") as printed:
@@ -52,9 +54,10 @@ def execute(run: Run) -> dict[str, Any]:
                 process.stdin.write(json.dumps(asdict(run)))
                 process.stdin.close()
                 while process.poll() is None:
-                    time.sleep(0.1)
-                    if os.getppid() != parent:  # whoever wanted it is gone
+                    if os.getppid() != parent:
+                        process.kill()
                         os._exit(1)
+                    time.sleep(0.1)
             finally:
                 process.kill()
                 process.wait()
@@ -164,7 +167,10 @@ def run_all(
     with _cluster(backend, address, jobs) as at_a_time:
         progress = Progress(plan, results, at_a_time)
         parallel = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
-        for known in parallel(delayed(partial(_numbered, number, run))() for number, run in enumerate(waiting)):
+        # A process of loky may get its next run when this one has just been killed
+        wanted_by = os.getpid() if backend == "loky" else None
+        tasks = (delayed(_numbered)(number, run, wanted_by) for number, run in enumerate(waiting))
+        for known in parallel(tasks):
             run = waiting[known.pop("number")]
             write(known, out / run.path)
             results[run] = result_of(known, str(out / run.path))
@@ -172,8 +178,8 @@ def run_all(
     return [results[run] for run in plan]
 
 
-def _numbered(number: int, run: Run) -> dict[str, Any]:
-    return {**execute(run), "number": number}
+def _numbered(number: int, run: Run, wanted_by: int | None) -> dict[str, Any]:
+    return {**execute(run, wanted_by), "number": number}
 
 
 def write(known: dict[str, Any], path: Path) -> None:
