@@ -81,7 +81,7 @@ class EagerEngine:
             for batch in source.draw(n_batches).split(n_batches):
                 with policy.noise():
                     td = td_losses(batch, policy.q_net.outputs, target, policy.head, self.objective.loss)
-                loss = (batch.weights * td.losses).mean()
+                loss = (batch.weights * td.losses if source.weighted else td.losses).mean()
                 losses.append(loss.detach())
 
                 policy.optimizer.zero_grad()
@@ -90,6 +90,8 @@ class EagerEngine:
                 self._step()
                 source.give_back(batch, td.priorities)
                 self.last_update = LastUpdate(policy.head, td.outputs.detach(), td.target, grad_norm)
+        if len(losses) == 1:
+            return [losses[0].item()]
         # One wait for the device, not one an update
         return th.stack(losses).tolist() if losses else []
 

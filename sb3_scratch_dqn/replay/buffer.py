@@ -309,6 +309,7 @@ class BatchSource:
     :param give_back: takes the priorities of the transitions of one batch, ``(B,)``
     :param ahead: whether ``draw`` can be asked for more than one batch at a time, before any priorities are known
     :param batch_size: transitions of one batch
+    :param weighted: whether weights of losses may be other than 1
     :param plain: the buffer, if all that ``draw`` does is to sample from it in the known way, with the discount
         ``gamma``, so that somebody else may do it elsewhere
     :param gamma: discount of one step
@@ -319,6 +320,7 @@ class BatchSource:
     give_back: Callable[[Batch | ArrayBatch, th.Tensor], None]
     ahead: bool
     batch_size: int
+    weighted: bool = True
     plain: ScratchReplayBuffer | None = None
     gamma: float = 0.0
 
@@ -341,7 +343,7 @@ def batch_source(buffer: ReplayBuffer, batch_size: int, env: VecNormalize | None
         def draw(_: int) -> Batch:
             return batch_from_samples(foreign(), gamma)
 
-        return BatchSource(draw, lambda _: arrays_of(draw(1)), _ignore, False, batch_size)
+        return BatchSource(draw, lambda _: arrays_of(draw(1)), _ignore, False, batch_size, weighted=False)
     give_back = _ignore if isinstance(buffer.sampler, UniformSampler) else buffer.update_priorities
     if replaced(buffer, ScratchReplayBuffer, "sample_batch"):
         own = partial(buffer.sample_batch, batch_size, env, gamma)
@@ -352,6 +354,7 @@ def batch_source(buffer: ReplayBuffer, batch_size: int, env: VecNormalize | None
         give_back,
         not buffer.sampler.learns,
         batch_size,
+        not isinstance(buffer.sampler, UniformSampler),
         buffer if env is None and _is_plain(buffer) else None,
         gamma,
     )
