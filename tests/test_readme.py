@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from sb3_scratch_dqn.bench.comparison import make_comparison
+from sb3_scratch_dqn.bench.plan import Run
+from sb3_scratch_dqn.bench.results import read_results
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -39,3 +43,16 @@ def test_make_targets_exist():
     for target in re.findall(r"make ([a-z]+)(?: |`|$)", README, re.MULTILINE):
         if target in ("demo", "test", "check", "format"):
             assert f"\n{target}:" in makefile
+
+
+def test_results_are_those_of_the_report_and_can_be_compared():
+    results = ROOT / "results"
+    comparison = make_comparison(read_results(results))
+    told = re.search(r"### Results\n(.*?)\n### ", README, re.DOTALL).group(1)
+    rows = re.findall(r"^\| \S+-v\d .*$", told, re.MULTILINE)
+    assert len(rows) == sum(len(comparison.algos_in(env)) for env in comparison.envs)
+    report = (results / "report" / "report.md").read_text()
+    for row in rows:
+        assert row in report
+    for result in comparison.results:
+        assert result.path == str(results / Run(result.algo, result.env, result.seed, 1, 1, 1).path)
