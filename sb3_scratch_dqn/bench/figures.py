@@ -4,6 +4,7 @@ Each algorithm has the same colour, line and marker in all figures: the palette 
 fewer colours can tell apart, as they can the lines and markers without any colour.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -122,7 +123,7 @@ def intervals(
     figure, axes = _panels(len(panels), (_PANEL[0], 0.75 + 0.3 * rows))
     for one, (title, (label, of_algo)) in zip(axes, panels.items(), strict=True):
         _rows(one, of_algo, look)
-        one.set_title(title, fontsize=10)
+        one.set_title("\n".join(textwrap.wrap(title.replace("`", ""), 46)), fontsize=10)
         one.set_xlabel(label)
         if from_zero:
             one.set_xlim(left=0)

@@ -251,7 +251,7 @@ def _write_speed(document: Document, speed: list[Measured]) -> None:
             for one in with_reference
         }
         caption = "Speed of `learn()` over that of SB3's DQN: median and extremes over rounds."
-        document.picture("speed", figures.png(figures.intervals(panels, look)), caption)
+        document.picture("speed", figures.png(figures.intervals(panels, look, from_zero=True)), caption)
     for one in speed:
         document.paragraph(f"**{one.title}**")
         document.table(*one.cells())
