@@ -6,6 +6,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch as th
+from changes import clear_state, no_gradients, patch_loss, patch_outputs, replace_average, replace_layer, replace_target
 from gymnasium import spaces
 from helpers import DictEnv, ImageEnv, TimeoutEnv, assert_equal, normalized
 from stable_baselines3.common.env_util import make_vec_env
@@ -422,41 +423,8 @@ def test_networks_that_only_look_plain_are_left_to_autograd(change):
     assert_close(eager, auto)
 
 
-def replace_target(model):
-    model.policy.q_net_target = model.policy.make_q_net()
-    model._create_aliases()
-
-
-def replace_layer(model):
-    for network in (model.q_net, model.q_net_target):
-        network.q_net[1] = nn.Tanh()
-
-
-def clear_state(model):
-    model.policy.optimizer.state.clear()
-
-
-def replace_average(model):
-    for state in model.policy.optimizer.state.values():
-        state["exp_avg"] = th.zeros_like(state["exp_avg"])
-
-
 def maximize(model):
     model.policy.optimizer.param_groups[0]["maximize"] = True
-
-
-def patch_loss(model):
-    own = model.policy.head.losses
-    model.policy.head.losses = lambda outputs, target, loss: own(outputs, 2 * target, loss)
-
-
-def patch_outputs(model):
-    own = model.q_net.outputs
-    model.q_net.outputs = lambda obs: 2 * own(obs)
-
-
-def no_gradients(model):
-    model.policy.optimizer.zero_grad()
 
 
 @pytest.mark.parametrize(

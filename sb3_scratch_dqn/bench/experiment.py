@@ -24,7 +24,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_scratch_dqn.bench.machine import origin, peak_memory
-from sb3_scratch_dqn.bench.plan import FORMAT, Run, evaluation_steps, experiment, hyperparameters, zoo
+from sb3_scratch_dqn.bench.plan import FORMAT, Run, evaluation_steps, experiment, hyperparameters, split, zoo
 
 # Evaluation must not see the episodes that training sees
 _EVALUATION_SEED = 1_000_000
@@ -109,7 +109,7 @@ def train(run: Run) -> dict[str, Any]:
         settings = manager._preprocess_action_noise(settings, as_in_file, env)
         eval_env = manager.create_envs(1, eval_env=True, no_log=True)
         eval_env.seed(_EVALUATION_SEED + run.seed)
-        name = run.algo.partition(":")[0]
+        name, _ = split(run.algo)
         model = zoo().ALGOS[name](env=env, seed=run.seed, verbose=0, device=run.device, **settings)
         steps = evaluation_steps(run.n_timesteps, run.n_evaluations)
         evaluate = Evaluate(eval_env, steps, run.eval_episodes, manager.deterministic_eval)

@@ -83,7 +83,7 @@ def file_name(algo: str) -> str:
 
     :param algo: as on the command line
     """
-    name, _, settings = algo.partition(":")
+    name, settings = split(algo)
     return f"{name}-{Path(settings).stem}" if settings else name
 
 
