@@ -148,7 +148,7 @@ def test_a_run_that_fails_is_recorded_and_told(environments, tmp_path, capsys):
     tried = []
     monkeypatched = pytest.MonkeyPatch()
     with monkeypatched.context() as patch:
-        patch.setattr(grid, "execute", lambda run, wanted_by: tried.append(run) or {**failed, "env": run.env})
+        patch.setattr(grid, "execute", lambda run: tried.append(run) or {**failed, "env": run.env})
         for more in ([], ["--jobs", "1", "--retry-failed"]):
             with pytest.raises(SystemExit):
                 main([*arguments, *more])

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import warnings
@@ -23,7 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
-from sb3_scratch_dqn.bench.machine import origin, peak_memory
+from sb3_scratch_dqn.bench.machine import end_with, origin, peak_memory
 from sb3_scratch_dqn.bench.plan import FORMAT, Run, evaluation_steps, experiment, hyperparameters, split, zoo
 
 # Evaluation must not see the episodes that training sees
@@ -147,20 +146,9 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def _end_with_parent() -> None:
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main() -> None:
     """Read a run from stdin, train, and write what is known of it to the file that the command line names."""
-    _end_with_parent()
+    end_with(os.getppid())
     fields = json.loads(sys.stdin.read())
     run = Run(**{**fields, "gym_packages": tuple(fields["gym_packages"])})
     th.set_num_threads(1)

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from typing import Any
 
 from joblib import Parallel, delayed, parallel_config
 
-from sb3_scratch_dqn.bench.machine import ONE_THREAD, n_cores
+from sb3_scratch_dqn.bench.machine import ONE_THREAD, end_with, n_cores
 from sb3_scratch_dqn.bench.plan import Run, experiment, hyperparameters
 from sb3_scratch_dqn.bench.results import Result, read_result, result_of
 
@@ -29,15 +28,12 @@ BACKENDS = ("loky", "ray", "dask")
 _KEPT_OF_OUTPUT = 4_000  # characters, of a process that broke down
 
 
-def execute(run: Run, wanted_by: int | None = None) -> dict[str, Any]:
-    """Execute a run in a process of its own and wait for it; both end if nobody waits for this one any more.
+def execute(run: Run) -> dict[str, Any]:
+    """Execute a run in a process of its own and wait for it.
 
     :param run: the run
-    :param wanted_by: the process that waits for this one on this machine; ``None`` for the one that started it
     :return: what is known of it, ready for JSON; its status is ``"failed"`` if something went wrong
     """
-    # With one run at a time joblib has no other process than that one
-    parent = os.getppid() if wanted_by in (None, os.getpid()) else wanted_by
     with tempfile.TemporaryDirectory() as folder:
         answer, output = Path(folder, "run.json"), Path(folder, "output.txt")
         with output.open("w") as printed:
@@ -53,11 +49,7 @@ def execute(run: Run, wanted_by: int | None = None) -> dict[str, Any]:
                 assert process.stdin is not None
                 process.stdin.write(json.dumps(asdict(run)))
                 process.stdin.close()
-                while process.poll() is None:
-                    if os.getppid() != parent:
-                        process.kill()
-                        os._exit(1)
-                    time.sleep(0.1)
+                process.wait()
             finally:
                 process.kill()
                 process.wait()
@@ -167,9 +159,7 @@ def run_all(
     with _cluster(backend, address, jobs) as at_a_time:
         progress = Progress(plan, results, at_a_time)
         parallel = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
-        # A process of loky may get its next run when this one has just been killed
-        wanted_by = os.getpid() if backend == "loky" else None
-        tasks = (delayed(_numbered)(number, run, wanted_by) for number, run in enumerate(waiting))
+        tasks = (delayed(_numbered)(number, run, os.getpid(), backend) for number, run in enumerate(waiting))
         for known in parallel(tasks):
             run = waiting[known.pop("number")]
             write(known, out / run.path)
@@ -178,8 +168,11 @@ def run_all(
     return [results[run] for run in plan]
 
 
-def _numbered(number: int, run: Run, wanted_by: int | None) -> dict[str, Any]:
-    return {**execute(run, wanted_by), "number": number}
+def _numbered(number: int, run: Run, wanted_by: int, backend: str) -> dict[str, Any]:
+    if os.getpid() != wanted_by:  # as it is with one run at a time
+        # A process of loky may get its next run when the one that wanted it has just been killed
+        end_with(wanted_by if backend == "loky" else os.getppid())
+    return {**execute(run), "number": number}
 
 
 def write(known: dict[str, Any], path: Path) -> None:

@@ -5,7 +5,10 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
+import time
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,21 @@ ONE_THREAD = {
 }
 
 _PACKAGES = ("sb3-scratch-dqn", "stable-baselines3", "sb3-contrib", "rl_zoo3", "torch", "gymnasium", "numpy")
+
+
+@cache
+def end_with(parent: int) -> None:
+    """Let this process end when its parent has ended, or if that was so already.
+
+    :param parent: the process that should have started this one
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def n_cores() -> int:
