@@ -1,7 +1,6 @@
 """How actions are chosen: greedily, or at random with probability epsilon, and only among those that are allowed."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -9,7 +8,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_scratch_dqn.checked_algorithm import CheckedOffPolicyAlgorithm
-from sb3_scratch_dqn.exploration import Actions, epsilon_greedy, make_epsilon_schedule
+from sb3_scratch_dqn.exploration import Actions, Envs, epsilon_greedy, make_epsilon_schedule
 from sb3_scratch_dqn.masks import (
     Masks,
     check_masks,
@@ -22,8 +21,12 @@ from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.observations import Array, Observation
 
-# What the environments show, with a leading axis n_envs -> greedy actions, (n_envs,)
-GreedyActor = Callable[[Observation], Array]
+
+class GreedyActor(Protocol):
+    """Gives greedy actions, with noise in noisy layers."""
+
+    def __call__(self, observation: Observation, envs: Envs | None = None) -> Array:
+        """What all environments show, ``(n_envs, ...)`` -> actions of those in ``envs``; of all for ``None``."""
 
 
 class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
@@ -83,8 +86,10 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
                 return np.array(self._random_action(0, masks)), state
             return self.policy.predict(observation, state, episode_start, False, **told)
 
-        def greedy_actions() -> Actions:
-            return self.policy.predict(observation, state, episode_start, False, **told)[0]
+        def greedy_actions(envs: Envs | None) -> Actions:
+            # Of all, because a policy of users may want to see all
+            actions: Actions = self.policy.predict(observation, state, episode_start, False, **told)[0]
+            return actions if envs is None else actions[envs]
 
         def random_action(env: int) -> np.generic:
             return self._random_action(env, masks)
@@ -181,7 +186,10 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
             actions = np.array([self._random_action(0, None)]) if explores else act(observation)
         else:
             actions = epsilon_greedy(
-                self.exploration_rate, n_envs, lambda env: self._random_action(env, None), lambda: act(observation)
+                self.exploration_rate,
+                n_envs,
+                lambda env: self._random_action(env, None),
+                lambda envs: act(observation, envs),
             )
         return actions, actions
 

@@ -15,6 +15,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
 
 Actions = npt.NDArray[np.generic]
+Envs = npt.NDArray[np.intp]  # their numbers
 
 EXPLORATION_SCHEDULES = ("linear", "exponential")
 
@@ -86,7 +87,10 @@ def make_epsilon_schedule(
 
 
 def epsilon_greedy(
-    epsilon: float, n_envs: int, random_action: Callable[[int], np.generic], greedy_actions: Callable[[], Actions]
+    epsilon: float,
+    n_envs: int,
+    random_action: Callable[[int], np.generic],
+    greedy_actions: Callable[[Envs | None], Actions],
 ) -> Actions:
     """Choose an action for each environment, each with a coin of its own.
 
@@ -95,15 +99,19 @@ def epsilon_greedy(
     :param epsilon: probability that a coin says "random"
     :param n_envs: number of environments
     :param random_action: gives a random action for the environment of this number
-    :param greedy_actions: gives the greedy actions of all environments, ``(n_envs,)``; not asked if nobody wants one
+    :param greedy_actions: gives the greedy actions of the environments of these numbers, all for ``None``; not asked if
+        nobody wants one
     :return: ``(n_envs,)``
     """
     explores = np.random.rand(n_envs) < epsilon
     if not explores.any():
-        return greedy_actions()
+        return greedy_actions(None)
     if explores.all():
         return np.array([random_action(env) for env in range(n_envs)])
-    actions = greedy_actions()
+    greedy = np.flatnonzero(~explores)
+    chosen = greedy_actions(greedy)
+    actions = np.empty(n_envs, dtype=chosen.dtype)
+    actions[greedy] = chosen
     for env in np.flatnonzero(explores).tolist():
         actions[env] = random_action(env)
     return actions

@@ -139,7 +139,8 @@ def assert_equal(left, right, where="value"):
         for index, value in enumerate(left):
             assert_equal(value, right[index], f"{where}[{index}]")
     else:
-        assert left == right, where
+        both_are_nan = left != left and right != right
+        assert left == right or both_are_nan, where
 
 
 def replay_contents(buffer):

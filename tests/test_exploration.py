@@ -63,9 +63,12 @@ def test_the_length_in_steps_belongs_to_the_linear_schedule():
 def test_each_environment_has_a_coin_of_its_own():
     np.random.seed(0)
     epsilon, n_envs, rounds = 0.3, 4, 5000
+    zeros = np.zeros(n_envs, dtype=np.int64)
     actions = np.array(
         [
-            epsilon_greedy(epsilon, n_envs, lambda env: np.int64(1), lambda: np.zeros(n_envs, dtype=np.int64))
+            epsilon_greedy(
+                epsilon, n_envs, lambda env: np.int64(1), lambda envs: zeros if envs is None else zeros[envs]
+            )
             for _ in range(rounds)
         ]
     )
@@ -77,10 +80,26 @@ def test_each_environment_has_a_coin_of_its_own():
 
 
 def test_nobody_is_asked_for_greedy_actions_that_nobody_wants():
-    def fail():
+    def fail(envs):
         raise AssertionError("asked for greedy actions")
 
     assert epsilon_greedy(1.0, 3, lambda env: np.int64(2), fail).tolist() == [2, 2, 2]
+
+
+def test_greedy_actions_are_asked_for_where_the_coin_wants_them():
+    asked = []
+
+    def greedy_actions(envs):
+        asked.append(envs)
+        return 10 + (np.arange(4) if envs is None else envs)
+
+    np.random.seed(0)
+    coins = np.random.RandomState(0).rand(50, 4) < 0.5
+    for explores in coins:
+        actions = epsilon_greedy(0.5, 4, lambda env: np.int64(env), greedy_actions)
+        assert actions.tolist() == [env + 10 * (not random) for env, random in enumerate(explores)]
+    wanted = [np.flatnonzero(~explores).tolist() for explores in coins if not explores.all()]
+    assert [list(range(4)) if envs is None else envs.tolist() for envs in asked] == wanted
 
 
 class Record(BaseCallback):

@@ -92,6 +92,18 @@ CONFIGURATIONS = {
         },
     ),
     "discrete observations": ("MlpPolicy", lambda: "FrozenLake-v1", 300, SMALL),
+    "decay and clipping": (
+        "MlpPolicy",
+        TimeoutEnv,
+        400,
+        {
+            **SMALL,
+            "max_grad_norm": 0.3,  # of some gradients smaller, of others larger
+            "policy_kwargs": {"optimizer_kwargs": {"weight_decay": 0.01, "amsgrad": True, "eps": 1e-4}},
+        },
+    ),
+    "no clipping": ("MlpPolicy", lambda: "CartPole-v1", 200, {**SMALL, "max_grad_norm": float("inf")}),
+    "divergence": ("MlpPolicy", lambda: "CartPole-v1", 200, {**SMALL, "learning_rate": 1e30}),
     "schedules and optimiser": (
         "MlpPolicy",
         lambda: gym.make("CartPole-v1"),

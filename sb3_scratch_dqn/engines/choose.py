@@ -38,8 +38,8 @@ class Engine(Protocol):
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
         """Take ``gradient_steps`` gradient steps and return the mean loss of each."""
 
-    def act(self, observation: Any) -> Any:
-        """Greedy actions, with noise in noisy layers."""
+    def act(self, observation: Any, envs: Any = None) -> Any:
+        """Greedy actions in these rows of an observation, with noise in noisy layers."""
 
     def move_target(self, tau: float) -> None:
         """Let the target network follow."""

@@ -222,11 +222,12 @@ class CudaGraphEngine:
 
     # Actions and the target network
 
-    def act(self, observation: Any) -> Any:
+    def act(self, observation: Any, envs: Any = None) -> Any:
         """Greedy actions, with noise in noisy layers.
 
         :param observation: ``(B, ...)``, or a dict of such arrays
-        :return: ``(B,)``
+        :param envs: the rows that are wanted, ``(N,)``; ``None`` for all
+        :return: ``(N,)``
         """
         if self._watch is None:
             self._attach()
@@ -235,17 +236,18 @@ class CudaGraphEngine:
         kind = tuple((key, part.shape, part.dtype) for key, part in parts.items())
         if kind not in self._actors:
             if len(self._actors) == _ACTORS_KEPT or self.policy.q_net in _unrecordable:
-                return self._eager.act(observation)
+                return self._eager.act(observation, envs)
             self.policy.set_training_mode(False)
             actor = Actor(self.policy, parts, self._device)
             try:
                 actor.play = self._record(actor.choose, actor.choose)
             except CannotRecordError:
-                return self._eager.act(observation)
+                return self._eager.act(observation, envs)
             self._actors[kind] = actor
         if self.policy.training or self.policy.q_net.training:
             self.policy.set_training_mode(False)
-        return self._actors[kind](parts)
+        actions = self._actors[kind](parts)  # of all rows, because what is recorded has one shape
+        return actions if envs is None else actions[envs]
 
     def move_target(self, tau: float) -> None:
         """Let the target network follow.

@@ -12,7 +12,7 @@ import torch as th
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from torch import nn
 
-from sb3_scratch_dqn.engines.eager import EagerEngine
+from sb3_scratch_dqn.engines.eager import EagerEngine, step_by
 from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.td import Objective
@@ -66,12 +66,6 @@ class FusedAutogradEngine(EagerEngine):
             del network.image_format  # the eager engine's numbers are those of the other way
 
     def _step(self) -> None:
-        optimizer = self.policy.optimizer
-        before = [group.get("fused") for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["fused"] = True
-        try:
-            optimizer.step()
-        finally:
-            for group, fused in zip(optimizer.param_groups, before, strict=True):
-                group["fused"] = fused
+        adam = self.policy.optimizer
+        assert isinstance(adam, th.optim.Adam)
+        step_by("fused", adam)

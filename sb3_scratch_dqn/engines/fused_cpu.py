@@ -228,18 +228,21 @@ class FusedEngine:
             np.multiply(gradient, np.float32(coefficient), gradient)
         return norm
 
-    def act(self, observation: Any) -> Any:
+    def act(self, observation: Any, envs: Any = None) -> Any:
         """Greedy actions, with noise in noisy layers.
 
-        :param observation: ``(B, ...)``
-        :return: ``(B,)``
+        :param observation: ``(B, ...)``, or a dict of such arrays
+        :param envs: the rows that are wanted, ``(N,)``; ``None`` for all
+        :return: ``(N,)``
         """
         if self._flat is None:
             self._attach()
         online, inputs = self._online, self._inputs(observation)
         if online.noisy:
             online.draw_noise(len(inputs), trains=False)
-        return self._learner.greedy(online.passing(len(inputs), online.noisy).forward(inputs))
+        # Of all rows: memory for another size takes longer to find than the few rows to compute
+        actions = self._learner.greedy(online.passing(len(inputs), online.noisy).forward(inputs))
+        return actions if envs is None else actions[envs]
 
     def move_target(self, tau: float) -> None:
         """Let the target network follow.
