@@ -117,7 +117,8 @@ def test_a_run_that_was_killed_goes_on_and_leaves_the_same_files(finished, tmp_p
     assert len(before) < 4
     kept = {path: (tmp_path / path).stat().st_mtime_ns for path in before}
     main(["run", *GRID, "--out", str(tmp_path)])
-    assert f"{len(before)} of 4 runs are there already" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{len(before)} of 4 runs are there already\n{4 - len(before)} to go, " in told
     assert files(tmp_path) == files(finished)
     assert all((tmp_path / path).stat().st_mtime_ns == stamp for path, stamp in kept.items())
 

@@ -157,6 +157,7 @@ def run_all(
     if not waiting:
         return [results[run] for run in plan]
     with _cluster(backend, address, jobs) as at_a_time:
+        _tell(f"{len(waiting)} to go, {at_a_time} at a time; a line for each that is done")
         progress = Progress(plan, results, at_a_time)
         parallel = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
         tasks = (delayed(_numbered)(number, run, os.getpid(), backend) for number, run in enumerate(waiting))
