@@ -17,7 +17,7 @@ from stable_baselines3.common.utils import get_parameters_by_name
 
 from sb3_scratch_dqn import checks, conversion
 from sb3_scratch_dqn.acting import GreedyActor
-from sb3_scratch_dqn.engines import CannotRecordError, Engine, choose_engine
+from sb3_scratch_dqn.engines import CannotRecordError, Engine, choose_engine, find_engine
 from sb3_scratch_dqn.files import Path
 from sb3_scratch_dqn.heads import LOSSES
 from sb3_scratch_dqn.networks import QNetwork
@@ -32,7 +32,7 @@ from sb3_scratch_dqn.replay_setup import (
     warn_of_memory,
 )
 from sb3_scratch_dqn.rollout import LeanRollouts
-from sb3_scratch_dqn.settings import check_combination, check_settings
+from sb3_scratch_dqn.settings import check_learning, check_settings
 from sb3_scratch_dqn.target_sync import sync_is_due
 from sb3_scratch_dqn.td import MunchausenSettings, Objective
 
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 # Callbacks write the log too, at times that nobody knows before; figures of an update must lie ready then
 _UPDATES_BETWEEN_FIGURES = 100
+
+# Methods that come between a look at the engine and its gradient steps, where somebody may have patched them
+_ON_THE_WAY = ("train", "_sample_action", "_store_transition", "_update_info_buffer", "_on_step", "dump_logs")
 
 SelfScratchDQN = TypeVar("SelfScratchDQN", bound="ScratchDQN")
 
@@ -111,8 +114,6 @@ class ScratchDQN(LeanRollouts):
     own_settings = ("loss", "exploration_decay", "engine")  # exploration_schedule SB3 knows too, as something else
 
     policy: DQNPolicy
-    q_net: QNetwork
-    q_net_target: QNetwork
 
     def __init__(
         self,
@@ -231,7 +232,6 @@ class ScratchDQN(LeanRollouts):
         policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs)
         assert isinstance(policy, DQNPolicy)
         self.policy = policy.to(self.device)
-        self._create_aliases()
         self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
 
@@ -248,10 +248,10 @@ class ScratchDQN(LeanRollouts):
             )
 
     def _choose_engine(self) -> None:
-        check_combination(self, self.policy.head, self.policy.head_name)
-        self._engine_made_of = self._what_engines_are_made_of()
+        check_learning(self, self.policy.head, self.policy.head_name)
         before = getattr(self, "_engine", None)
         self._engine, why = choose_engine(self.engine, self.policy, self._objective())
+        self._engine_made_of = self._what_engines_are_made_of()
         self._act = None  # of the engine before, whose memory another may need
         if self.verbose >= 1 and (before is None or before.title != self._engine.title):
             print(why)
@@ -270,6 +270,13 @@ class ScratchDQN(LeanRollouts):
             self._choose_engine()
         return self._engine
 
+    def _engine_for_training(self) -> Engine:
+        """The engine that would be chosen now: what stood in the way of a faster one may be gone."""
+        engine = self._current_engine()
+        if find_engine(self.engine, self.policy, engine.objective)[0] is not type(engine):
+            self._choose_engine()
+        return self._engine
+
     def _greedy_actor(self) -> GreedyActor | None:
         if replaced(self.policy, DQNPolicy, "predict", "_predict", "obs_to_tensor"):
             return None
@@ -281,9 +288,26 @@ class ScratchDQN(LeanRollouts):
             LOSSES[self.loss], self.double_q, MunchausenSettings(**munchausen) if self.munchausen else None
         )
 
+    @property
+    def q_net(self) -> QNetwork:
+        """The online network, which is the policy's."""
+        return self.policy.q_net
+
+    @q_net.setter
+    def q_net(self, network: QNetwork) -> None:
+        self.policy.q_net = network
+
+    @property
+    def q_net_target(self) -> QNetwork:
+        """The target network, which is the policy's."""
+        return self.policy.q_net_target
+
+    @q_net_target.setter
+    def q_net_target(self, network: QNetwork) -> None:
+        self.policy.q_net_target = network
+
     def _create_aliases(self) -> None:
-        self.q_net = self.policy.q_net
-        self.q_net_target = self.policy.q_net_target
+        """Nothing to do, unlike in SB3, where what was replaced in the policy has to be told."""
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         checks.check_choice("policy", policy_name, self.policy_aliases)
@@ -311,14 +335,17 @@ class ScratchDQN(LeanRollouts):
         """
         if log_interval is not None:
             checks.check_count("log_interval", log_interval)
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+        try:
+            return super().learn(
+                total_timesteps=total_timesteps,
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=tb_log_name,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
+        finally:
+            self._looked_at_engine = False
 
     def _setup_learn(
         self,
@@ -331,6 +358,7 @@ class ScratchDQN(LeanRollouts):
         # Again, because a model may have been loaded with a small buffer, which serves as long as it only predicts
         checks.check_buffer_holds_batch(self.buffer_size, self.batch_size)
         checks.check_duration(total_timesteps)
+        self._engine_for_training().take_hold()
         if reset_num_timesteps:
             self._episodes_finished = 0
         if reset_num_timesteps or self._last_obs is None:  # the environments will be reset
@@ -363,8 +391,9 @@ class ScratchDQN(LeanRollouts):
         :param batch_size: transitions in each
         """
         assert self.replay_buffer is not None
-        # Subclasses may have changed something on the way here
-        looked, self._looked_at_engine = self._looked_at_engine and type(self) is ScratchDQN, False
+        # Code of users may have changed something on the way here
+        plain = type(self) is ScratchDQN and vars(self).keys().isdisjoint(_ON_THE_WAY)
+        looked, self._looked_at_engine = self._looked_at_engine and plain, False
         engine = self._engine if looked else self._current_engine()
         self._update_learning_rate(self.policy.optimizer)
         if isinstance(self.replay_buffer, ScratchReplayBuffer):

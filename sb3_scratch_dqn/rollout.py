@@ -68,9 +68,7 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
             assert train_freq.unit == TrainFrequencyUnit.STEP, "episodes can be counted with one environment only"
         if self.policy.training or self.policy.q_net.training:  # batch normalisation and dropout
             self.policy.set_training_mode(False)
-        self._choose_how_to_act()
-        step, watched = lean_step(env), not _does_nothing(callback)
-        n_envs = env.num_envs
+        watched, n_envs = not _does_nothing(callback), env.num_envs
 
         # What callbacks see, by the names that it has in SB3; those of the steps come with them
         seen: dict[str, Any] = {
@@ -86,6 +84,8 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
         }
         num_collected_steps, num_collected_episodes = 0, 0
         callback.on_rollout_start()
+        self._choose_how_to_act()
+        step = lean_step(env)
         while should_collect_more_steps(train_freq, num_collected_steps, num_collected_episodes):
             actions, buffer_actions = self._sample_action(learning_starts, action_noise, n_envs)
             new_obs, rewards, dones, infos = step(actions)
@@ -126,7 +126,7 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
             if watched:
                 seen.update(idx=idx, done=dones[idx])
         callback.on_rollout_end()
-        self._looked_at_engine = not watched
+        self._looked_at_engine = not watched and self._act is not None
         return RolloutReturn(num_collected_steps * n_envs, num_collected_episodes, continue_training=True)
 
 

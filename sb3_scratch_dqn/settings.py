@@ -65,12 +65,8 @@ def check_settings(model: "ScratchDQN") -> None:
         checks.check_fraction(f"exploration_{name}", getattr(model, f"exploration_{name}"))
     checks.check_positive("max_grad_norm", model.max_grad_norm)
     checks.check_learning_rate(model.learning_rate)
-    checks.check_choice("loss", model.loss, LOSSES)
-    checks.check_flag("double_q", model.double_q)
-    _check_munchausen(model)
     head_name = model.policy_kwargs.get("head", "expected")
-    check_combination(model, make_head(head_name, model.policy_kwargs.get("head_kwargs")), head_name)
-    checks.check_choice("engine", model.engine, ENGINE_NAMES)
+    check_learning(model, make_head(head_name, model.policy_kwargs.get("head_kwargs")), head_name)
     if callable(model.exploration_schedule):
         for progress in (1.0, 0.0):
             checks.check_fraction(f"exploration_schedule({progress})", model.exploration_schedule(progress))
@@ -91,6 +87,21 @@ def check_settings(model: "ScratchDQN") -> None:
         )
 
 
+def check_learning(model: "ScratchDQN", head: ValueHead, head_name: str) -> None:
+    """Refuse the first setting that cannot work of those that say what is learned, and by which engine.
+
+    :param model: whose settings are its attributes
+    :param head: of its policy
+    :param head_name: for the message
+    :raises ValueError: naming the setting, its value and what would be right
+    """
+    checks.check_choice("loss", model.loss, LOSSES)
+    checks.check_flag("double_q", model.double_q)
+    _check_munchausen(model)
+    _check_combination(model, head, head_name)
+    checks.check_choice("engine", model.engine, ENGINE_NAMES)
+
+
 def _check_munchausen(model: "ScratchDQN") -> None:
     checks.check_flag("munchausen", model.munchausen)
     kwargs = {} if model.munchausen_kwargs is None else model.munchausen_kwargs
@@ -104,14 +115,8 @@ def _check_munchausen(model: "ScratchDQN") -> None:
         raise ValueError(f"munchausen_kwargs: clip={clip!r} must be at most 0: logarithms of probabilities are")
 
 
-def check_combination(model: "ScratchDQN", head: ValueHead, head_name: str) -> None:
-    """Refuse settings that have no meaning beside each other.
-
-    :param model: whose settings are its attributes
-    :param head: of its policy
-    :param head_name: for the message
-    :raises ValueError: with the reason
-    """
+def _check_combination(model: "ScratchDQN", head: ValueHead, head_name: str) -> None:
+    """Refuse settings that have no meaning beside each other."""
     n_steps = max(model.n_steps, model.replay_buffer_kwargs.get("n_steps", 1))
     if model.munchausen and n_steps > 1:
         raise ValueError(

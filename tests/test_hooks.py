@@ -1,11 +1,14 @@
 """What SB3's users override, patch and change while training has its effect here too."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch as th
-from helpers import TimeoutEnv, assert_same_training, exactly
+from helpers import NormedExtractor, TimeoutEnv, assert_same_training, exactly
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from test_parity import SMALL
 
@@ -143,3 +146,72 @@ def test_environments_are_known_by_name_where_they_are_changed(tmp_path):
     model = ScratchDQN.load(tmp_path / "model.zip", env="CartPole-v1")
     model.set_env("CartPole-v1")
     model.learn(10)
+
+
+class FromTheRolloutsStart(BaseCallback):
+    """Patches what steps go through, for the length of a rollout."""
+
+    def _on_rollout_start(self):
+        model = self.model
+        predict, step = model.predict, self.training_env.step
+        model.predict = lambda *args, **kwargs: (np.array([2]), predict(*args, **kwargs)[1])
+        self.training_env.step = lambda actions: step(2 - actions)
+
+    def _on_rollout_end(self):
+        del self.model.predict, self.training_env.step
+
+    def _on_step(self):
+        return True
+
+
+class IntoTrainingMode(BaseCallback):
+    def _on_rollout_start(self):
+        self.model.q_net.features_extractor.train()
+
+    def _on_step(self):
+        self.model.q_net.features_extractor.train()
+        return True
+
+
+class OtherTarget(BaseCallback):
+    """What trains towards is replaced in the model, which in SB3 has it under a name of its own."""
+
+    def _on_step(self):
+        if self.n_calls == 60:
+            self.model.q_net_target = deepcopy(self.model.q_net)
+            self.model.policy.q_net_target = self.model.q_net_target
+        if self.n_calls == 110:
+            self.model.q_net_target = deepcopy(self.model.q_net)
+        return True
+
+
+class Augmenting(BaseFeaturesExtractor):
+    """Draws from the random numbers that replay draws from."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 3)
+
+    def forward(self, observations):
+        return observations * float(np.random.uniform(0.9, 1.1))
+
+
+@pytest.mark.parametrize("callback", [FromTheRolloutsStart, IntoTrainingMode, OtherTarget])
+def test_what_a_callback_does_at_any_of_its_times_is_heeded(callback):
+    def learn(algorithm):
+        kwargs = {"features_extractor_class": NormedExtractor} if callback is IntoTrainingMode else {}
+        settings = {**SMALL, "train_freq": 1, "target_update_interval": 10_000, **exactly(algorithm)}
+        return algorithm("MlpPolicy", TimeoutEnv(), policy_kwargs=kwargs, **settings).learn(150, callback())
+
+    reference, model = learn(DQN), learn(ScratchDQN)
+    if callback is OtherTarget:  # SB3 forgets to save it
+        reference.policy.q_net_target = reference.q_net_target
+    assert_same_training(reference, model)
+
+
+def test_networks_that_draw_random_numbers_do_so_in_the_same_order():
+    def learn(algorithm):
+        kwargs = {"features_extractor_class": Augmenting}
+        settings = {**SMALL, "gradient_steps": 3, **exactly(algorithm)}
+        return algorithm("MlpPolicy", TimeoutEnv(), policy_kwargs=kwargs, **settings).learn(100)
+
+    assert_same_training(learn(DQN), learn(ScratchDQN))

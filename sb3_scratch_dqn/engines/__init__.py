@@ -12,7 +12,7 @@
 - ``watch``: what others change behind an engine's back
 """
 
-from sb3_scratch_dqn.engines.choose import ENGINE_NAMES, Engine, choose_engine
+from sb3_scratch_dqn.engines.choose import ENGINE_NAMES, Engine, choose_engine, find_engine
 from sb3_scratch_dqn.engines.recording import CannotRecordError
 
-__all__ = ["ENGINE_NAMES", "CannotRecordError", "Engine", "choose_engine"]
+__all__ = ["ENGINE_NAMES", "CannotRecordError", "Engine", "choose_engine", "find_engine"]

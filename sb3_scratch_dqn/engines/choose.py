@@ -26,6 +26,7 @@ class Engine(Protocol):
     device_type: ClassVar[str | None]
     not_by_itself: ClassVar[str | None]
     policy: DQNPolicy
+    objective: Objective
     last_update: LastUpdate | None
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
@@ -34,6 +35,9 @@ class Engine(Protocol):
     @classmethod
     def why_not(cls, policy: DQNPolicy, objective: Objective) -> str | None:
         """Why this engine cannot serve; ``None`` if it can."""
+
+    def take_hold(self) -> None:
+        """Rearrange what it wants to have elsewhere, before somebody takes views of it that are to last."""
 
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
         """Take ``gradient_steps`` gradient steps and return the mean loss of each."""
@@ -62,6 +66,12 @@ def choose_engine(name: str, policy: DQNPolicy, objective: Objective) -> tuple[E
     :return: the engine, and in a sentence why it was chosen
     :raises ValueError: if the engine cannot serve, with the reason
     """
+    engine, why = find_engine(name, policy, objective)
+    return engine(policy, objective), why
+
+
+def find_engine(name: str, policy: DQNPolicy, objective: Objective) -> tuple[type[Engine], str]:
+    """Find the class of engine; parameters and errors as for :func:`choose_engine`."""
     reasons: list[str] = []
     for engine in _ENGINES:
         if name not in ("auto", engine.name):
@@ -74,6 +84,6 @@ def choose_engine(name: str, policy: DQNPolicy, objective: Objective) -> tuple[E
             continue
         if reason is None:
             why = f"as {' and '.join(reasons)}" if reasons else "the fastest for these settings"
-            return engine(policy, objective), f"Using {engine.title}, {'as asked' if name == 'eager' else why}"
+            return engine, f"Using {engine.title}, {'as asked' if name == 'eager' else why}"
         reasons.append(f"{engine.title} cannot serve: {reason}")
     raise ValueError(f"engine={name!r} cannot be used here: {reasons[-1]}; engine='auto' takes one that can serve")

@@ -27,7 +27,7 @@ from sb3_scratch_dqn.engines.eager import EagerEngine
 from sb3_scratch_dqn.engines.feeds import UPDATES_AT_ONCE, DeviceFeed, Feed, HostFeed, check_priorities
 from sb3_scratch_dqn.engines.recording import CannotRecordError, Function, Number, Recorder
 from sb3_scratch_dqn.engines.update import LastUpdate
-from sb3_scratch_dqn.engines.watch import Watch, hooks_of, is_patched
+from sb3_scratch_dqn.engines.watch import Watch, is_patched, why_hooked
 from sb3_scratch_dqn.networks import QNetwork
 from sb3_scratch_dqn.overriding import replaced
 from sb3_scratch_dqn.policies import DQNPolicy
@@ -49,9 +49,9 @@ def _why_not(policy: DQNPolicy) -> str | None:
     for network in (policy.q_net, policy.q_net_target):
         if is_patched(network):
             return "a method of the network was patched"
-        for name, module in network.named_modules():
-            if any(hooks_of(module)):
-                return f"the module {name or 'q_net'} has hooks"
+        reason = why_hooked(network)
+        if reason is not None:
+            return reason
     if is_patched(policy.head) or replaced(policy, DQNPolicy, "noise"):
         return "a method of the head or the policy was replaced"
     return why_no_device_steps(policy) or _unrecordable.get(policy.q_net)
@@ -114,10 +114,13 @@ class CudaGraphEngine:
         if self._feed is not None:
             yield from self._feed.state()
 
+    def take_hold(self) -> None:
+        """Rearrange what lies elsewhere: nothing, as parameters stay where they are."""
+
     def outdated(self) -> bool:
         """Whether somebody changed the policy in a way that this engine must be made anew for."""
         if self._watch is None:
-            return False
+            return _why_not(self.policy) is not None
         return self.policy.q_net in _unrecordable or self._watch.changed() or self._steps.changed()
 
     # Updates

@@ -48,6 +48,15 @@ def clip_gradients(parameters: list[th.nn.Parameter], max_norm: float) -> th.Ten
     return norm
 
 
+# Packages whose networks draw from PyTorch's random numbers alone, not from NumPy's, which say what is sampled
+_KNOWN_PACKAGES = frozenset({"torch", "stable_baselines3", "sb3_scratch_dqn"})
+
+
+def _draws_nothing(policy: DQNPolicy) -> bool:
+    """Whether networks are known to leave NumPy's random numbers to sampling, as augmentation of images may not."""
+    return all(type(module).__module__.partition(".")[0] in _KNOWN_PACKAGES for module in policy.q_net.modules())
+
+
 def _has_no_way_of_its_own(adam: th.optim.Adam) -> bool:
     """Whether how Adam goes through the parameters is left to PyTorch, which goes one by one on the CPU."""
     return not any(
@@ -101,6 +110,9 @@ class EagerEngine:
         """Why this engine cannot serve: it always can."""
         return None
 
+    def take_hold(self) -> None:
+        """Rearrange what lies elsewhere: nothing."""
+
     def outdated(self) -> bool:
         """Whether somebody changed the policy in a way that this engine must be made anew for: it looks each time."""
         return False
@@ -117,7 +129,8 @@ class EagerEngine:
         policy.set_training_mode(True)
         target = make_target(self.objective, policy.q_net, policy.q_net_target, policy.head)
         parameters = list(policy.q_net.parameters())
-        at_once = batches_at_once(policy.observation_space, source.batch_size) if source.ahead else 1
+        ahead = source.ahead and gradient_steps > 1 and _draws_nothing(policy)
+        at_once = batches_at_once(policy.observation_space, source.batch_size) if ahead else 1
         losses = []
         for begin in range(0, gradient_steps, at_once):
             n_batches = min(at_once, gradient_steps - begin)
@@ -153,7 +166,7 @@ class EagerEngine:
         :return: ``(N,)``
         """
         policy = self.policy
-        if policy.training or policy.q_net.training:
+        if policy.training or any(module.training for module in policy.q_net.modules()):
             policy.set_training_mode(False)
         # A copy, because networks may write to what they get
         copy = map_observation(np.array if envs is None else lambda array: array[envs], observation)

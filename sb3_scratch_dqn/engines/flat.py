@@ -1,7 +1,7 @@
 """Parameters, gradients and the state of Adam as views of a few flat tensors.
 
-So one call updates them all, and so does one for the target network. They move there once, at the first action or
-gradient step. The parameters stay the same objects, and ``state_dict``, ``load_state_dict``, saving and callbacks read
+So one call updates them all, and so does one for the target network. They move there once, when training begins. The
+parameters stay the same objects, and ``state_dict``, ``load_state_dict``, saving and callbacks read
 and write the same memory from then on. What puts other memory, parameters or layers in their place is noticed
 (:meth:`FlatParameters.outdated`).
 """
@@ -64,11 +64,18 @@ class FlatParameters:
         self.parameters, self.target = self._flatten(online), self._flatten(target)
         self.gradient = both(th.zeros_like(self.parameters))
         self._gradients = list(_views(self.gradient.tensor, online))
-        self.show_gradients()
+        self._show_gradients()
         self._arrange_state(online)
         self._watch = Watch(policy, self._states)
 
-    def show_gradients(self) -> None:
+    def begin_steps(self) -> None:
+        """See what others may have written since the last steps, and where they want to see gradients."""
+        self._show_gradients()
+        # All counts differ from the first where somebody trained a part of the network alone, or reset its averages
+        together = bool((self._steps.array == self._steps.array[0]).all())
+        self._adam_arguments = self._in_one_piece if together else self._in_parts
+
+    def _show_gradients(self) -> None:
         """Let the parameters have these gradients, as they have them after autograd."""
         for parameter, view in zip(self._online, self._gradients, strict=True):
             if parameter.grad is not view:
@@ -76,6 +83,9 @@ class FlatParameters:
 
     @staticmethod
     def _flatten(parameters: list[nn.Parameter]) -> th.Tensor:
+        flat = _piece(parameters)
+        if flat is not None:  # an engine was here before, and others may have views of this
+            return flat
         flat = th.zeros(sum(map(_room, parameters)), dtype=th.float32)
         for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
             view.copy_(parameter.detach())
@@ -98,19 +108,11 @@ class FlatParameters:
                 step.copy_(th.as_tensor(state["step"]))
             state.update(step=step, exp_avg=average, exp_avg_sq=square)
         self._states = list(optimizer.state.values())
-        if bool((self._steps.array == self._steps.array[0]).all()):
-            arguments: tuple[Any, ...] = (
-                [self.parameters],
-                [self.gradient.tensor],
-                [first],
-                [second],
-                [],
-                [self._steps.tensor[0]],
-            )
-        else:  # somebody trained a part of the network alone
-            parts = [list(_views(flat, online)) for flat in (self.parameters, self.gradient.tensor, first, second)]
-            arguments = (*parts, [], list(self._steps.tensor))
-        self._adam_arguments = arguments
+        flats = (self.parameters, self.gradient.tensor, first, second)
+        self._in_one_piece: tuple[Any, ...] = (*([flat] for flat in flats), [], [self._steps.tensor[0]])
+        parts = [list(_views(flat, online)) for flat in flats]
+        self._in_parts: tuple[Any, ...] = (*parts, [], list(self._steps.tensor))
+        self._adam_arguments = self._in_one_piece
 
     def outdated(self) -> bool:
         """Whether somebody put other memory in the place of this, or hung up hooks that want to see it."""
@@ -178,6 +180,18 @@ def _views(flat: th.Tensor, like: list[nn.Parameter]) -> Iterator[th.Tensor]:
     for parameter in like:
         yield flat[begin : begin + parameter.numel()].view(parameter.shape)
         begin += _room(parameter)
+
+
+def _piece(parameters: list[nn.Parameter]) -> th.Tensor | None:
+    """The flat tensor that the parameters are views of, as :func:`_views` makes them; ``None`` if there is none."""
+    storage, size = parameters[0].untyped_storage(), sum(map(_room, parameters))
+    if storage.nbytes() != 4 * size or storage.data_ptr() % (4 * _ALIGNMENT) != 0:
+        return None
+    flat = th.empty(0, dtype=th.float32).set_(storage, 0, (size,), (1,))
+    for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
+        if parameter.data_ptr() != view.data_ptr() or parameter.stride() != view.stride():
+            return None
+    return flat
 
 
 # PyTorch does not document it, but its own fused Adam is made of it

@@ -13,6 +13,7 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from torch import nn
 
 from sb3_scratch_dqn.engines.eager import EagerEngine, step_by
+from sb3_scratch_dqn.engines.watch import why_hooked
 from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.td import Objective
@@ -20,6 +21,8 @@ from sb3_scratch_dqn.td import Objective
 
 def _takes_any_format(extractor: nn.Module) -> bool:
     """Whether an extractor is known not to care how images lie in memory, as one that calls ``view`` on them would."""
+    if why_hooked(extractor) is not None or any("forward" in vars(module) for module in extractor.modules()):
+        return False
     if type(extractor) is CombinedExtractor:
         return all(type(one) in (NatureCNN, nn.Flatten) for one in extractor.extractors.values())
     return type(extractor) is NatureCNN

@@ -10,9 +10,11 @@ calls as possible:
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
+import torch as th
 
 from sb3_scratch_dqn.engines.dense import DenseNetwork
 from sb3_scratch_dqn.engines.flat import FlatParameters
@@ -20,11 +22,13 @@ from sb3_scratch_dqn.engines.fused_learners import Learner, make_inputs, make_le
 from sb3_scratch_dqn.engines.fused_support import why_not_by_hand
 from sb3_scratch_dqn.engines.update import LastUpdate
 from sb3_scratch_dqn.policies import DQNPolicy
-from sb3_scratch_dqn.replay import BatchSource
+from sb3_scratch_dqn.replay import ArrayBatch, BatchSource
 from sb3_scratch_dqn.td import Objective
 
-# Transitions whose targets are computed in one go: many enough to hide what calls cost, few enough for the caches
+# Transitions whose targets are computed in one go: many enough to hide what calls cost, few enough for the caches, and
+# bytes of observations that they may have
 _ROWS_AT_ONCE = 1024
+_BYTES_AT_ONCE = 2**22
 
 
 class FusedEngine:
@@ -53,15 +57,23 @@ class FusedEngine:
     def _attach(self) -> None:
         """Rearrange the parameters, once somebody trains or acts."""
         policy = self.policy
-        self._flat = FlatParameters(policy)
+        flat = FlatParameters(policy)
         self._online = DenseNetwork(list(policy.q_net.q_net), trains=True)
         self._target = DenseNetwork(list(policy.q_net_target.q_net), trains=False)
         self._inputs = make_inputs(policy)
         self._learner: Learner = make_learner(self._online, self._target, self._inputs, policy.head, self.objective)
+        self._flat = flat
+
+    def take_hold(self) -> None:
+        """Rearrange the parameters, before somebody takes views of them that are to last."""
+        if self._flat is None:
+            self._attach()
 
     def outdated(self) -> bool:
         """Whether somebody changed the policy in a way that this engine must be made anew for."""
-        return self._flat is not None and self._flat.outdated()
+        if self._flat is None:
+            return why_not_by_hand(self.policy) is not None
+        return self._flat.outdated() or th.is_anomaly_enabled()
 
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
         """Take some gradient steps.
@@ -71,37 +83,39 @@ class FusedEngine:
         :param max_grad_norm: the gradient of a step is scaled down to this norm
         :return: the mean loss of each step
         """
-        if self._flat is None:
-            self._attach()
-        with np.errstate(all="ignore"):  # training that diverges is as silent as in PyTorch
-            return self._train(source, gradient_steps, max_grad_norm)
-
-    def _train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
+        self.take_hold()
         assert self._flat is not None
-        self._flat.show_gradients()
-        flat, learner, batch_size = self._flat, self._learner, source.batch_size
+        self._flat.begin_steps()
+        batch_size = source.batch_size
         # With noise, the target network is another one in each step
         ahead = source.ahead and not self._online.noisy
-        at_once = max(1, _ROWS_AT_ONCE // batch_size) if ahead else 1
+        rows_at_once = min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // (4 * self._online.n_inputs))
+        at_once = max(1, rows_at_once // batch_size) if ahead else 1
         losses: list[float] = []
-        norm = 0.0
         for begin in range(0, gradient_steps, at_once):
             n_batches = min(at_once, gradient_steps - begin)
-            batches = source.draw_arrays(n_batches)
-            rows = len(batches.actions)
-            self._online.draw_noise(rows, trains=True)
-            self._target.draw_noise(rows, trains=False)
-            learner.prepare(batches, n_batches)
-            for number in range(n_batches):
-                loss, priorities = learner.backward(number)
-                losses.append(loss)
-                norm = self._clip(max_grad_norm)
-                flat.adam_step()
-                if not ahead:
-                    source.give_back(batches, priorities)
+            batches = source.draw_arrays(n_batches)  # perhaps by code of users, which may be as loud as it likes
+            with np.errstate(all="ignore"):  # training that diverges is as silent as in PyTorch
+                for loss, priorities in self._updates(batches, n_batches, max_grad_norm):
+                    losses.append(loss)
+                    if not ahead:
+                        source.give_back(batches, priorities)
         if losses:
-            self.last_update = LastUpdate(self.policy.head, *learner.last(), norm)
+            self.last_update = LastUpdate(self.policy.head, *self._learner.last(), self._norm)
         return losses
+
+    def _updates(self, batches: ArrayBatch, n_batches: int, max_grad_norm: float) -> Iterator[tuple[float, th.Tensor]]:
+        """Take a step for each batch; give its loss, and the priorities of its transitions."""
+        flat, learner, rows = self._flat, self._learner, len(batches.actions)
+        assert flat is not None
+        self._online.draw_noise(rows, trains=True)
+        self._target.draw_noise(rows, trains=False)
+        learner.prepare(batches, n_batches)
+        for number in range(n_batches):
+            found = learner.backward(number)
+            self._norm = self._clip(max_grad_norm)
+            flat.adam_step()
+            yield found
 
     def _clip(self, max_norm: float) -> float:
         assert self._flat is not None
@@ -119,13 +133,13 @@ class FusedEngine:
         :param envs: the rows that are wanted, ``(N,)``; ``None`` for all
         :return: ``(N,)``
         """
-        if self._flat is None:
-            self._attach()
+        self.take_hold()
         online, inputs = self._online, self._inputs(observation)
-        if online.noisy:
-            online.draw_noise(len(inputs), trains=False)
-        # Of all rows: memory for another size takes longer to find than the few rows to compute
-        actions = self._learner.greedy(online.passing(len(inputs), online.noisy).forward(inputs))
+        with np.errstate(all="ignore"):
+            if online.noisy:
+                online.draw_noise(len(inputs), trains=False)
+            # Of all rows: memory for another size takes longer to find than the few rows to compute
+            actions = self._learner.greedy(online.passing(len(inputs), online.noisy).forward(inputs))
         return actions if envs is None else actions[envs]
 
     def move_target(self, tau: float) -> None:
@@ -133,7 +147,6 @@ class FusedEngine:
 
         :param tau: how far; 1 copies the online network
         """
-        if self._flat is None:
-            self._attach()
+        self.take_hold()
         assert self._flat is not None
         self._flat.move_target(tau)

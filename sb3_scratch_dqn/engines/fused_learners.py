@@ -67,6 +67,8 @@ def _flattened(space: spaces.Space[Any], normalize: bool) -> Inputs:
         return lambda observation: observation.reshape(len(observation), -1)
 
     def inputs(observation: Any) -> npt.NDArray[Any]:
+        if not observation.flags.writeable:  # of which PyTorch would warn
+            observation = observation.copy()
         tensor = preprocess_obs(th.as_tensor(observation), space, normalize_images=normalize)
         assert isinstance(tensor, th.Tensor)
         return tensor.reshape(len(observation), -1).numpy()

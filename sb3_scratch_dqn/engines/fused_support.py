@@ -8,7 +8,7 @@ from torch import nn
 
 from sb3_scratch_dqn.engines.dense import ACTIVATIONS, linear_layers
 from sb3_scratch_dqn.engines.flat import why_no_adam
-from sb3_scratch_dqn.engines.watch import has_own_way, hooks_of, is_patched
+from sb3_scratch_dqn.engines.watch import has_hooks, is_patched, why_hooked
 from sb3_scratch_dqn.networks import DuelingStreams, QNetwork
 from sb3_scratch_dqn.noisy import NoisyLinear
 from sb3_scratch_dqn.overriding import replaced
@@ -23,10 +23,12 @@ def why_not_by_hand(policy: DQNPolicy) -> str | None:
     network = policy.q_net
     if policy.device.type != "cpu":
         return f"device={policy.device.type!r} is not 'cpu'"
+    if th.is_anomaly_enabled():
+        return "autograd is to look for anomalies"
     for one in (network, policy.q_net_target):
         if type(one) is not QNetwork:
             return f"the network is a {type(one).__name__}, not a plain QNetwork"
-        if is_patched(one):
+        if is_patched(one) or any("forward" in vars(module) for module in one.modules()):
             return "a method of the network was patched"
         if type(one.q_net) is not nn.Sequential or len(one.q_net) == 0:
             return f"the layers are a {type(one.q_net).__name__}, not a plain Sequential"
@@ -39,6 +41,9 @@ def why_not_by_hand(policy: DQNPolicy) -> str | None:
         or _why_no_layers(list(policy.q_net_target.q_net))
         or _why_no_parameters(network)
         or _why_no_parameters(policy.q_net_target)
+        or _why_not_trained(network, policy.q_net_target)
+        or why_hooked(network)
+        or why_hooked(policy.q_net_target)
         or why_no_adam(policy.optimizer, network.parameters())
     )
 
@@ -53,6 +58,8 @@ def _only_flattens(extractor: nn.Module) -> bool:
 def _why_no_layers(modules: list[nn.Module]) -> str | None:
     if type(modules[-1]) is DuelingStreams:
         for stream in (modules[-1].value, modules[-1].advantage):
+            if type(stream) is not nn.Sequential:
+                return f"the layers of a stream are a {type(stream).__name__}, not a plain Sequential"
             reason = _why_no_layers(list(stream))
             if reason is not None:
                 return reason
@@ -87,9 +94,19 @@ def _why_no_parameters(network: QNetwork) -> str | None:
     for name, parameter in network.named_parameters():
         if parameter.dtype != th.float32:
             return f"the parameter {name} has dtype {parameter.dtype}, not torch.float32"
-        if has_own_way(parameter):
-            return f"the parameter {name} is frozen or has hooks"
-    for name, module in network.named_modules():
-        if any(hooks_of(module)):
-            return f"the module {name or 'q_net'} has hooks"
+        if has_hooks(parameter):
+            return f"the parameter {name} has hooks"
+        if parameter.untyped_storage().is_shared():
+            return f"the parameter {name} lies in memory that processes share"
+    return None
+
+
+def _why_not_trained(network: QNetwork, target: QNetwork) -> str | None:
+    """Why the online network cannot be trained apart from the target network, all of it."""
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            return f"the parameter {name} is frozen"
+    followed = {parameter.data_ptr() for parameter in target.parameters() if parameter.numel()}
+    if any(parameter.data_ptr() in followed for parameter in network.parameters()):
+        return "the target network shares parameters with the online network"
     return None

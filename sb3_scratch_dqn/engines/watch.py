@@ -4,11 +4,14 @@ An engine that knows where things lie must look whether they still lie there. Wh
 not be noticed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
+from operator import is_
 from typing import Any
 
 import torch as th
 from torch import nn
+from torch.nn.modules import module as all_modules
+from torch.optim import optimizer as all_optimizers
 
 from sb3_scratch_dqn.overriding import replaced
 from sb3_scratch_dqn.policies import DQNPolicy
@@ -22,12 +25,25 @@ _PATCHED = frozenset(
 )
 
 
+# Hooks that hang on whatever modules there are, and on whatever optimisers
+_HOOKS_OF_ALL_MODULES: tuple[Sized, ...] = (
+    all_modules._global_forward_hooks,
+    all_modules._global_forward_pre_hooks,
+    all_modules._global_backward_hooks,
+    all_modules._global_backward_pre_hooks,
+)
+_HOOKS_OF_ALL_OPTIMIZERS: tuple[Sized, ...] = (
+    all_optimizers._global_optimizer_pre_hooks,
+    all_optimizers._global_optimizer_post_hooks,
+)
+
+
 def is_patched(instance: object) -> bool:
     """Whether somebody patched a method of this network or head."""
     return not _PATCHED.isdisjoint(vars(instance))
 
 
-def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+def _hooks_of(module: nn.Module) -> tuple[Sized, ...]:
     """What hangs on a module to see, or change, what goes through it; each stays the same object."""
     return (
         module._forward_hooks,
@@ -35,6 +51,16 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
+
+
+def why_hooked(network: nn.Module) -> str | None:
+    """What wants to see all that goes through a network; ``None`` if nothing does."""
+    if any(_HOOKS_OF_ALL_MODULES):
+        return "there are hooks for all modules"
+    for name, module in network.named_modules():
+        if any(_hooks_of(module)):
+            return f"the module {name or 'q_net'} has hooks"
+    return None
 
 
 def has_hooks(parameter: th.Tensor) -> bool:
@@ -53,6 +79,8 @@ def why_no_plain_steps(optimizer: th.optim.Optimizer) -> str | None:
         return "methods of the optimizer were patched, as schedulers of learning rates do"
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return "the optimizer has hooks"
+    if any(_HOOKS_OF_ALL_OPTIMIZERS):
+        return "there are hooks for all optimizers"
     return None
 
 
@@ -60,36 +88,50 @@ class Watch:
     """The parts of a policy, as they are now.
 
     :param policy: the policy
-    :param more: other dicts whose values must stay the same objects
+    :param more: other dicts whose values must stay the same objects, and tensors among them where they are
     """
 
     def __init__(self, policy: DQNPolicy, more: Iterable[dict[Any, Any]] = ()) -> None:
-        self._modules = [*policy.q_net.modules(), *policy.q_net_target.modules()]
-        held = [one for part in self._modules for one in (part._modules, part._parameters, part._buffers)]
+        modules = [*policy.q_net.modules(), *policy.q_net_target.modules()]
+        held = [one for part in modules for one in (part._modules, part._parameters, part._buffers)]
+        more = list(more)
         # What must stay where it is: a dict, a name in it, and the object of that name
-        self._places: list[tuple[dict[Any, Any], Any, Any]] = [
+        places: list[tuple[dict[Any, Any], Any, Any]] = [
             (vars(policy), "head", policy.head),
             (policy._modules, "q_net", policy.q_net),
             (policy._modules, "q_net_target", policy.q_net_target),
             *((one, name, value) for one in (*held, *more) for name, value in one.items()),
         ]
+        # Columns, for loops that are not Python's: this is asked before each update
+        self._holding, self._names, self._values = map(list, zip(*places, strict=True))
+        self._containers = [part._modules for part in modules if part._modules]
+        self._sizes = list(map(len, self._containers))
+        # Methods that may be patched, on whatever part, and what they are now
+        self._patchable_parts = [vars(policy), *map(vars, modules)]
+        self._methods = ["noise", *("forward" for _ in modules)]
+        self._patches = list(map(dict.get, self._patchable_parts, self._methods))
         self._patchable = (policy.q_net, policy.q_net_target, policy.head)
         # Whatever hooks hang on, now or later, sees every step only in autograd's way
-        self._hooks: list[Any] = [hooks for module in self._modules for hooks in hooks_of(module)]
+        self._hooks = [*_HOOKS_OF_ALL_MODULES, *(hooks for module in modules for hooks in _hooks_of(module))]
         networks = (policy.q_net, policy.q_net_target)
-        self._tensors = [one for network in networks for one in (*network.parameters(), *network.buffers())]
-        self._pointers = [tensor.data_ptr() for tensor in self._tensors]
+        self._tensors: list[th.Tensor] = [
+            *(one for network in networks for one in (*network.parameters(), *network.buffers())),
+            *(value for one in more for value in one.values() if isinstance(value, th.Tensor)),
+        ]
+        self._pointers = list(map(th.Tensor.data_ptr, self._tensors))
 
     def changed(self) -> bool:
-        """Whether somebody replaced, moved, hooked or patched something."""
+        """Whether somebody replaced, moved, added, hooked or patched something."""
         return (
-            not all(held.get(name) is value for held, name, value in self._places)
+            not all(map(is_, map(dict.get, self._holding, self._names), self._values))
+            or list(map(len, self._containers)) != self._sizes
+            or list(map(dict.get, self._patchable_parts, self._methods)) != self._patches
             or any(map(is_patched, self._patchable))
-            or [tensor.data_ptr() for tensor in self._tensors] != self._pointers
+            or list(map(th.Tensor.data_ptr, self._tensors)) != self._pointers
             or any(self._hooks)
         )
 
     def restore(self) -> None:
         """Put everything that was replaced back in its place."""
-        for held, name, value in self._places:
+        for held, name, value in zip(self._holding, self._names, self._values, strict=True):
             held[name] = value
