@@ -3,14 +3,15 @@
 import json
 import re
 
+import matplotlib
 import numpy as np
 import pytest
 
-from sb3_scratch_dqn.bench import speed_results
+from sb3_scratch_dqn.bench import speed_results, stats
 from sb3_scratch_dqn.bench.__main__ import main
 from sb3_scratch_dqn.bench.comparison import make_comparison
 from sb3_scratch_dqn.bench.grid import write
-from sb3_scratch_dqn.bench.plan import Run
+from sb3_scratch_dqn.bench.plan import Run, evaluation_steps
 from sb3_scratch_dqn.bench.results import read_results
 
 STEPS = [0, 50, 100, 150, 200]
@@ -48,6 +49,12 @@ def known_run(algo, env, seed, level, rng, **changes):
         "wall_seconds": 3.0,
     }
     return {**known, **changes}
+
+
+@pytest.fixture(autouse=True)
+def _few_shuffles(monkeypatch):
+    """What is tested here needs no steady verdict near the level."""
+    monkeypatch.setattr(stats, "_SHUFFLES", 2_000)
 
 
 def put(folder, known):
@@ -157,7 +164,95 @@ def test_an_algorithm_of_which_all_runs_failed_cannot_be_compared(tmp_path):
     error = {"type": "RuntimeError", "message": "out of luck", "traceback": ""}
     put(tmp_path, known_run("dqn", "One-v0", 0, 100, rng))
     put(tmp_path, known_run("qrdqn", "One-v0", 0, 100, rng, status="failed", error=error))
-    assert "`qrdqn` **cannot be compared** with `dqn`: 0 and 1 of their runs ended well" in report(tmp_path)
+    told = "0 of 1 runs of `qrdqn` ended well, 1 of 1 runs of `dqn` ended well"
+    assert f"`qrdqn` **cannot be compared** with `dqn`: {told}" in report(tmp_path)
+
+
+def test_what_a_failed_run_printed_is_part_of_a_sentence(tmp_path):
+    rng = np.random.default_rng(1)
+    put(tmp_path, known_run("dqn", "One-v0", 0, 100, rng))
+    error = {"type": "ProcessEnded", "message": "it printed: # a | b\n\n- `c`\n" + 1000 * "x", "traceback": ""}
+    put(tmp_path, known_run("dqn", "One-v0", 1, 100, rng, status="failed", error=error))
+    (line,) = [line for line in report(tmp_path).splitlines() if "seed 1" in line]
+    assert line.startswith("- `dqn`, One-v0, seed 1: ProcessEnded: it printed: # a | b - 'c' xxx")
+    assert len(line) < 400
+
+
+def test_steps_beyond_those_that_were_wanted_are_told(tmp_path):
+    rng = np.random.default_rng(1)
+    put(tmp_path, known_run("dqn", "One-v0", 0, 100, rng, steps_taken=205))
+    put(tmp_path, known_run("ppo", "One-v0", 0, 100, rng, steps_taken=16_384))
+    text = report(tmp_path)
+    assert "- `ppo`, One-v0: 16,384 instead of 200" in text
+    assert "`dqn`, One-v0: " not in text
+
+
+def test_one_run_has_no_interval_and_few_have_a_warning(tmp_path):
+    put_all(tmp_path, {"dqn": 100}, n_seeds=1, envs=["One-v0"])
+    text = report(tmp_path)
+    assert re.search(r"\| One-v0 \| `dqn` \| 1 \| [\d.]+ \| [\d.]+ \|\n", text)
+    assert "| One-v0 | `dqn` | 100 | 300 | 1.00 |" in text
+    assert "narrower than they should be" in text
+
+
+def test_many_runs_have_no_warning(tmp_path):
+    put_all(tmp_path, {"dqn": 100}, n_seeds=10, envs=["One-v0"])
+    assert "narrower than they should be" not in report(tmp_path)
+
+
+def test_algorithms_that_share_more_environments_are_shown_over_those_too(tmp_path):
+    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 100, "qrdqn": 100}, n_seeds=4)
+    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 100}, n_seeds=4, envs=["Three-v0"])
+    text = report(tmp_path)
+    assert "**One-v0, Three-v0, Two-v0**, in which `dqn`, `scratch_dqn` have runs" in text
+    assert "**One-v0, Two-v0**, in which `dqn`, `qrdqn`, `scratch_dqn` have runs" in text
+    assert {"profiles.png", "profiles_2.png"} < {path.name for path in (tmp_path / "report").iterdir()}
+
+
+def test_an_environment_in_which_nobody_learns_has_no_scale_but_a_verdict(tmp_path):
+    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 140})
+    rng = np.random.default_rng(2)
+    for algo in ("dqn", "scratch_dqn"):
+        for seed in range(8):
+            put(tmp_path, known_run(algo, "Hard-v0", seed, 0, rng, reward_threshold=None))
+    assert make_comparison(read_results(tmp_path)).bounds("Hard-v0") is None
+    text = report(tmp_path)
+    assert "so that there is no scale: Hard-v0." in text
+    assert "**One-v0, Two-v0**, in which" in text
+    assert "**Hard-v0, One-v0, Two-v0 together**, final return: `scratch_dqn` is **better** than `dqn`" in text
+    assert "in One-v0, Two-v0; a run of it" in text
+
+
+def test_pictures_of_an_earlier_report_go_and_other_files_stay(tmp_path):
+    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 100}, n_seeds=4)
+    report(tmp_path)
+    own = tmp_path / "report" / "own.png"
+    own.write_text("somebody's")
+    assert (tmp_path / "report" / "profiles.png").exists()
+    for path in (tmp_path / "Two-v0").rglob("*.json"):
+        path.unlink()
+    report(tmp_path)
+    assert not (tmp_path / "report" / "profiles.png").exists()
+    assert own.exists()
+
+
+def test_what_users_have_in_their_settings_of_matplotlib_changes_nothing(tmp_path):
+    put_all(tmp_path, {"dqn": 100}, n_seeds=2, envs=["One-v0"])
+    main(["report", str(tmp_path), "--out", str(tmp_path / "a")])
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black"}):
+        main(["report", str(tmp_path), "--out", str(tmp_path / "b")])
+        assert matplotlib.rcParams["font.size"] == 20
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_runs_of_several_origins_are_told_apart(tmp_path):
+    put_all(tmp_path, {"dqn": 100}, n_seeds=3, envs=["One-v0"])
+    put(tmp_path, known_run("dqn", "One-v0", 3, 100, np.random.default_rng(0), commit="def"))
+    text = report(tmp_path)
+    assert "- commit `abc`: 3 of `dqn` in One-v0" in text
+    assert "- commit `def`: 1 of `dqn` in One-v0" in text
+    assert "- python 3.11, torch 2; a processor, 2 processors, a system\n" in text
 
 
 def test_the_reference_can_be_chosen(tmp_path):
@@ -208,6 +303,20 @@ def test_a_folder_without_results_is_refused(tmp_path, capsys):
         (lambda text: "[]", "is no result of this benchmark"),
         (lambda text: text.replace('"format": 1', '"format": 7'), "is no result of this benchmark"),
         (lambda text: text.replace('"curve"', '"kurve"'), "it has no 'curve'"),
+        (lambda text: text.replace('"seed": 0', '"seed": "0"'), "'seed' in it is '0'"),
+        (lambda text: text.replace('"algo": "dqn"', '"algo": null'), "'algo' in it is None"),
+        (lambda text: text.replace('"versions"', '"versions": null, "was"'), "'versions' in it is None"),
+        (lambda text: text.replace('"cores": 2', '"cores": "2"'), "'cores' in 'hardware' is '2'"),
+        (lambda text: text.replace('"n_timesteps": 200', '"n_timesteps": null'), "'n_timesteps' in 'settings' is None"),
+        (lambda text: text.replace('"steps_per_second": 100.0', '"steps_per_second": "x"'), "'steps_per_second' in it"),
+        (lambda text: text.replace('"peak_memory_bytes": 3', '"peak_memory_bytes": null, "was": 3'), "is None"),
+        (lambda text: text.replace('"reward_threshold": 100.0', '"reward_threshold": "x"'), "reward_threshold is 'x'"),
+        (lambda text: text.replace('"status": "done"', '"status": "running"'), "its status is 'running'"),
+        (lambda text: text.replace('"status": "done"', '"error": "boom", "status": "done"'), "its error is 'boom'"),
+        (lambda text: text.replace('"steps": [0, 50', '"steps": [0, 60'), "its evaluations are not those of"),
+        (lambda text: text.replace('"steps": [0, 50', '"steps": [null, 50'), "its evaluations are not those of"),
+        (lambda text: text.replace('"eval_episodes": 2', '"eval_episodes": 3'), "it has not 3 episodes"),
+        (lambda text: text.replace('"cpu_seconds": [0.0', '"cpu_seconds": [null'), "cpu_seconds of its curve are not"),
         (lambda text: text.replace('"steps": [0, ', '"steps": ['), "differ in length"),
         (lambda text: re.sub(r'"returns": \[\[[^,]*', '"returns": [[NaN', text), "are not finite"),
         (lambda text: re.sub(r'"returns": \[\[[^,]*', '"returns": [["x"', text), "its curve holds"),
@@ -228,6 +337,7 @@ def test_a_broken_file_is_named(tmp_path, capsys, change, told):
         ("qrdqn", {"n_timesteps": 300}, "n_timesteps is 200"),
         ("qrdqn", {"same_settings": "dqn"}, "same_settings is None"),
         ("qrdqn", {"device": "cuda"}, "device is 'cpu'"),
+        ("dqn", {"deterministic_evaluation": False}, "deterministic_evaluation is None"),
         ("dqn", {"hyperparameters": {"gamma": 0.9}}, "hyperparameters['gamma'] is 0.99"),
     ],
 )
@@ -235,12 +345,36 @@ def test_mixed_settings_are_refused_and_both_files_named(tmp_path, capsys, other
     rng = np.random.default_rng(0)
     first = put(tmp_path, known_run("dqn", "One-v0", 0, 100, rng))
     known = known_run(other, "One-v0", 1, 100, rng)
+    if "n_timesteps" in change:
+        known["curve"]["steps"] = evaluation_steps(change["n_timesteps"], 4)
     second = put(tmp_path, {**known, "settings": {**known["settings"], **change}})
     message = refusal(tmp_path, capsys)
     assert "settings are mixed" in message
     assert told in message
     assert str(first) in message
     assert str(second) in message
+
+
+def test_settings_for_all_are_for_all_environments(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    put(tmp_path, known_run("dqn", "One-v0", 0, 100, rng))
+    known = known_run("dqn", "Two-v0", 0, 100, rng)
+    put(tmp_path, {**known, "settings": {**known["settings"], "same_settings": "dqn"}})
+    assert "same_settings is None in" in refusal(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["One-v0/dqn/seed_0_a.json", "One-v0/dqn/seed_1.json", "One-v0/dqn.bak/seed_0.json"])
+def test_no_run_is_counted_twice(tmp_path, capsys, name):
+    path = put(tmp_path, known_run("dqn", "One-v0", 0, 100, np.random.default_rng(0)))
+    copy = tmp_path / name
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_bytes(path.read_bytes())
+    assert f"{copy} holds seed 0 of dqn in One-v0, which belongs into {path}" in refusal(tmp_path, capsys)
+
+
+def test_a_report_goes_into_a_folder(tmp_path, capsys):
+    path = put(tmp_path, known_run("dqn", "One-v0", 0, 100, np.random.default_rng(0)))
+    assert f"--out '{path}' must be a folder, but {path} is a file" in refusal(tmp_path, capsys, "--out", str(path))
 
 
 def test_an_unknown_reference_is_refused(tmp_path, capsys):

@@ -1,18 +1,24 @@
 """Runs of a comparison: what is in their files, that they can be stopped and gone on with, and what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
+import gymnasium as gym
+import numpy as np
 import psutil
 import pytest
+import torch as th
 from joblib.externals.loky import get_reusable_executor
 
 from sb3_scratch_dqn.bench import grid
 from sb3_scratch_dqn.bench.__main__ import main
-from sb3_scratch_dqn.bench.plan import evaluation_steps, file_name, make_plan
+from sb3_scratch_dqn.bench.grid import Progress
+from sb3_scratch_dqn.bench.plan import Run, evaluation_steps, experiment, file_name, make_plan
 from sb3_scratch_dqn.bench.results import read_result
 
 SMALL = ["-n", "400", "--evaluations", "2", "--eval-episodes", "2"]
@@ -40,7 +46,15 @@ class Ends(Fails):
         print("the last words", flush=True)
         os._exit(7)
 
+class Infinite(CartPoleEnv):
+    def step(self, action):
+        observation, _, terminated, truncated, info = super().step(action)
+        return observation, -float("inf"), terminated, truncated, info
+
 gym.register("Fails-v0", Fails)
+gym.register("Infinite-v0", Infinite)
+gym.register("Some/Where-v0", CartPoleEnv)
+gym.register("Some-Where-v0", CartPoleEnv)
 gym.register("Ends-v0", Ends)
 """
 
@@ -78,8 +92,11 @@ def environments(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     get_reusable_executor().shutdown()  # its processes have the environment that they began with
+    known = set(gym.registry)
     yield "bad_environments"
     sys.modules.pop("bad_environments", None)
+    for name in set(gym.registry) - known:
+        del gym.registry[name]
 
 
 def test_each_run_leaves_a_file_that_describes_it(finished):
@@ -156,13 +173,93 @@ def test_a_run_that_fails_is_recorded_and_told(environments, tmp_path, capsys):
             assert bool(tried) == bool(more)
 
 
-def test_the_same_settings_for_all(tmp_path):
-    plan = make_plan(["dqn", "qrdqn"], ["CartPole-v1"], 1, n_timesteps=400, same_settings="dqn")
-    from sb3_scratch_dqn.bench.plan import experiment
+SETTINGS_FILE = """
+default: &default
+  policy: MlpPolicy
+  n_timesteps: 400
+Infinite-v0: *default
+CartPole-v1:
+  <<: *default
+  callback: [{stable_baselines3.common.callbacks.StopTrainingOnMaxEpisodes: {max_episodes: 3}}]
+Some-Where-v0:
+  policy: MlpPolicy
+Some/Where-v0:
+  <<: *default
+  device: cpu
+"""
 
+
+def test_runs_that_give_no_numbers_or_end_early_have_failed_and_the_others_go_on(environments, tmp_path, capsys):
+    settings, out = tmp_path / "settings.yml", tmp_path / "results"
+    settings.write_text(SETTINGS_FILE)
+    arguments = ["run", "--algos", f"dqn:{settings}", "--envs", "Infinite-v0", "CartPole-v1", "--seeds", "1", *SMALL]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--gym-packages", environments, "--jobs", "1", "--out", str(out)])
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert "ValueError: an evaluation after 0 steps gave the returns [-inf, -inf]" in told
+    assert re.search(r"RuntimeError: training ended after \d\d of 400 steps", told)
+    assert "[2/2]" in told
+    assert all(known["status"] == "failed" for known in map(json.loads, map(Path.read_text, out.rglob("*.json"))))
+
+
+def test_environments_and_settings_that_would_fail_in_each_run_are_refused(environments, tmp_path, capsys):
+    settings = tmp_path / "settings.yml"
+    settings.write_text(SETTINGS_FILE)
+
+    def refused(*envs):
+        arguments = ["--algos", f"dqn:{settings}", "--gym-packages", environments, "--out", str(tmp_path / "out")]
+        return refusal(capsys, *arguments, "--envs", *envs, *SMALL)
+
+    assert "--envs 'Some/Where-v0' would share the folder 'Some-Where-v0'" in refused("Some/Where-v0", "Some-Where-v0")
+    assert "for Some-Where-v0 have no 'n_timesteps', which the Zoo needs" in refused("Some-Where-v0")
+    assert "for Some/Where-v0 have 'device', which this command line decides" in refused("Some/Where-v0")
+    Path(tmp_path, "broken_module.py").write_text("1 / 0")
+    message = refusal(capsys, *GRID, "--gym-packages", "broken_module", "--out", str(tmp_path / "out"))
+    assert "--gym-packages 'broken_module' cannot be imported: division by zero" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_written_to_is_refused(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "below"):
+        assert f"--out '{out}' must be a folder, but {file} is a file" in refusal(capsys, *GRID, "--out", str(out))
+        with pytest.raises(SystemExit):
+            main(["speed", "defaults", "--out", str(out)])
+        assert f"but {file} is a file" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_copy_is_no_run(finished, tmp_path, capsys):
+    place = tmp_path / "CartPole-v1" / "dqn"
+    place.mkdir(parents=True)
+    copy = place / "seed_1.json"
+    copy.write_bytes((finished / "CartPole-v1" / "dqn" / "seed_0.json").read_bytes())
+    assert f"{copy} holds seed 0 of dqn" in refusal(capsys, *GRID, "--out", str(tmp_path))
+
+
+def test_the_peak_of_memory_is_that_of_the_process_alone():
+    held = np.ones(2**27)  # a gigabyte, that a process must not be told to have
+    code = "from sb3_scratch_dqn.bench.machine import peak_memory; print(peak_memory())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 2**26 < int(told) < held.nbytes
+
+
+def test_how_long_it_takes_is_told_by_the_runs_that_ended_well():
+    plan = [Run("dqn", "A", seed, 100, 2, 1) for seed in range(10)]
+    done, failed = Mock(done=True, wall_seconds=600), Mock(done=False, wall_seconds=2)
+    progress = Progress(plan, {plan[0]: done, **dict.fromkeys(plan[1:6], failed)}, 1)
+    assert progress._left() == "about 40 min left"
+
+
+@pytest.mark.parametrize("same", ["dqn", "scratch_dqn:double"])
+def test_the_same_settings_for_all(tmp_path, same):
+    algos = ["dqn", "qrdqn"] if same == "dqn" else ["scratch_dqn"]
+    plan = make_plan(algos, ["CartPole-v1"], 1, n_timesteps=400, same_settings=same)
     settings = [experiment(run, str(tmp_path))[1] for run in plan]
-    assert settings[0] == settings[1]
+    assert settings[0] == settings[-1]
     assert settings[0]["policy_kwargs"] == "dict(net_arch=[256, 256])"
+    assert settings[0].get("double_q", False) == (same != "dqn")
 
 
 def test_an_algorithm_of_another_kind_takes_part(tmp_path):
@@ -171,6 +268,10 @@ def test_an_algorithm_of_another_kind_takes_part(tmp_path):
     result = read_result(tmp_path / "CartPole-v1" / "ppo" / "seed_0.json")
     assert result.done
     assert list(result.steps) == [0, 200, 400]
+    # Whatever it did until its rollouts were whole, it was evaluated where the others are
+    assert result.known["curve"]["steps_taken"] == [0, 200, 400]
+    assert result.steps_taken == 512
+    assert result.known["steps_per_second"] == pytest.approx(512 / result.known["training_seconds"], rel=0.01)
 
 
 def test_evaluations_are_evenly_spaced_and_the_last_is_at_the_end():
@@ -195,7 +296,11 @@ def test_folders_are_named_after_algorithm_and_settings():
             ["--algos", "dqn", "--envs", "CartPoll-v1"],
             "--envs 'CartPoll-v1' is not registered; did you mean 'CartPole-v1'",
         ),
-        (["--algos", "dqn", "--envs", "CartPole-v1", "--seeds", "0"], "--seeds: 0 must be a whole number"),
+        (["--algos", "dqn", "--envs", "CartPole-v1", "--seeds", "0"], "--seeds: '0' must be a whole number"),
+        (["--algos", "dqn", "--envs", "CartPole-v1", "--seeds", "inf"], "--seeds: 'inf' must be a whole number"),
+        (["--algos", "dqn", "--envs", "CartPole-v1", "--seeds", "abc"], "--seeds: 'abc' must be a whole number"),
+        (["--algos", "dqn", "--envs", "CartPole-v1", "-n", "400.9"], "--n-timesteps: '400.9' must be a whole number"),
+        (["--algos", "dqn", "--envs", "CartPole-v1", "--device", "cuda"], "--device cuda finds no GPU"),
         (["--algos", "dqn", "dqn", "--envs", "CartPole-v1"], "--algos 'dqn' is named twice"),
         (["--algos", "dqn", "--envs", "CartPole-v1", "CartPole-v1"], "--envs 'CartPole-v1' is named twice"),
         (["--algos", "dqn", "ppo", "--envs", "CartPole-v1"], "50,000 for dqn, 100,000 for ppo"),
@@ -210,7 +315,8 @@ def test_folders_are_named_after_algorithm_and_settings():
         (["--algos", "dqn", "--envs", "CartPole-v1", "--address", "here:1"], "--address 'here:1' is of no use"),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_is_trained(tmp_path, capsys, arguments, told):
+def test_what_cannot_be_run_is_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch, arguments, told):
+    monkeypatch.setattr(th.cuda, "is_available", lambda: False)
     assert told in refusal(capsys, *arguments, "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

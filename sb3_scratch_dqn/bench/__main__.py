@@ -1,6 +1,7 @@
 """The command line of the benchmarks."""
 
 import argparse
+import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch as th
 
 from sb3_scratch_dqn.bench import replay, speed
 from sb3_scratch_dqn.bench.grid import BACKENDS, run_all
+from sb3_scratch_dqn.bench.machine import check_device
 from sb3_scratch_dqn.bench.plan import make_plan
 from sb3_scratch_dqn.bench.report import write_report
 from sb3_scratch_dqn.bench.speed_results import read_speed, save_speed
@@ -73,6 +75,9 @@ def _add_run(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    _check_folder("--out", options.out)
+    if options.backend == "loky":  # a cluster may have what this machine has not
+        check_device(options.device)
     plan = make_plan(
         options.algos,
         options.envs,
@@ -112,6 +117,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    _check_folder("--out", options.out or options.results / "report")
     print(write_report(options.results, options.out, options.reference))
 
 
@@ -141,7 +147,9 @@ def _add_speed(commands: Any) -> None:
 def _speed(options: argparse.Namespace) -> None:
     _check_choices("CASE", options.cases, speed.CASES)
     _check_choices("--contestants", options.contestants or (), ["sb3", "sbx", *ENGINE_NAMES])
+    check_device(options.device)
     if options.out:
+        _check_folder("--out", options.out)
         read_speed(options.out)  # a broken file is to be known of before anything is measured
     chosen = [speed.CASES[name] for name in options.cases or speed.CASES]
     cases = [speed.changed(case, options.n_envs, options.train_freq) for case in chosen]
@@ -149,6 +157,15 @@ def _speed(options: argparse.Namespace) -> None:
     print("\n\n".join(one.markdown() for one in measured))
     if options.out:
         print(f"Kept in {save_speed(measured, options.out)}", file=sys.stderr)
+
+
+def _check_folder(argument: str, folder: Path) -> None:
+    """Refuse what cannot be written to, before anything is measured."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise ValueError(f"{argument} {str(folder)!r} must be a folder, but {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{argument} {str(folder)!r} cannot be written to")
 
 
 def _check_choices(argument: str, names: Iterable[str], known: Collection[str]) -> None:
@@ -178,10 +195,13 @@ def _replay(options: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(float(text))
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
-    return number
+    try:
+        number = float(text)  # 1e5 is one too
+    except ValueError:
+        number = 0.0
+    if number < 1 or not number.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(number)
 
 
 if __name__ == "__main__":

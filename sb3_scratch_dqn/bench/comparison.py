@@ -53,8 +53,20 @@ class Comparison:
         return [algo for algo in self.algos if self.runs(env, algo)]
 
     def shared_envs(self, algos: Sequence[str]) -> list[str]:
-        """The environments in which all of some algorithms have runs, and that scores can be normalised in."""
-        return [env for env in self.envs if all(self.runs(env, algo) for algo in algos) and self.bounds(env)]
+        """The environments in which all of some algorithms have runs."""
+        return [env for env in self.envs if all(self.runs(env, algo) for algo in algos)]
+
+    def groups(self) -> list[list[str]]:
+        """Algorithms that can be looked at over several environments together, the most environments first.
+
+        Those that have runs wherever the reference has, and all that have any.
+        """
+        present = [algo for algo in self.algos if self.shared_envs([algo])]
+        everywhere = [algo for algo in present if self.shared_envs([algo]) == self.shared_envs([self.reference])]
+        groups = [everywhere] if len(everywhere) > 1 else []
+        if present != everywhere:
+            groups.append(present)
+        return [group for group in groups if len(self.shared_envs(group)) > 1]
 
     def scores(self, env: str, algo: str, measure: str) -> Array:
         """One number a run.
@@ -69,16 +81,18 @@ class Comparison:
         """The returns that count as 0 and 1 in an environment.
 
         That is, what untrained agents get, and what the environment is solved at, or, where nobody says that, the best
-        that an algorithm got. ``None`` if these are the same.
+        that an algorithm got. ``None`` if nobody has learned anything, where that would be a scale of chance.
         """
         runs = [run for run in self.results if run.env == env and run.done]
         if not runs:
             return None
-        untrained = float(np.mean([run.returns[0] for run in runs]))
+        untrained = [run.returns[0] for run in runs]
         best = runs[0].known.get("reward_threshold")
         if best is None:
             best = max(float(stats.iqm(self.scores(env, algo, "final return"))) for algo in self.algos_in(env))
-        return (untrained, float(best)) if best > untrained else None
+            if best <= max(untrained):
+                return None
+        return (float(np.mean(untrained)), float(best)) if best > np.mean(untrained) else None
 
     def normalised(self, envs: Sequence[str], algo: str, measure: str) -> list[Array]:
         """Scores between that of untrained agents, 0, and that of a solved environment, 1; one array an environment."""
@@ -120,13 +134,15 @@ def verdict_sentence(ours: str, theirs: str, measure: str, where: str, verdict: 
     if not verdict.possible:
         return (
             f"{begin}against `{theirs}` **cannot be told** with so few runs: whatever they had been, p would be "
-            f"{verdict.lowest_p:.2f} at least ({told})"
+            f"{verdict.lowest_p:.2f} at least" + (f" ({told})" if told else "")
         )
     word = {"better": "is **better** than", "worse": "is **worse** than", "no difference": "shows **no difference** to"}
     value, low, high = (float(number) for number in verdict.improvement)
-    p = f"p = {verdict.p:.2g}" if verdict.p >= 0.001 else "p < 0.001"
+    digits = 4 if abs(verdict.p - 0.05) < 0.001 else 3  # so many that it is seen on which side it is
+    p = f"p = {verdict.p:.{digits}f}" if verdict.p >= 0.001 else "p < 0.001"
+    told = f"{told}; " if told else ""
     return (
-        f"{begin}{word[verdict.word]} `{theirs}` at the 95% level ({told}; a run of it is better with a probability of "
+        f"{begin}{word[verdict.word]} `{theirs}` at the 95% level ({told}a run of it is better with a probability of "
         f"{value:.2f}, interval {low:.2f} to {high:.2f}; {p})"
     )
 
@@ -150,18 +166,31 @@ def verdicts(comparison: Comparison) -> list[str]:
                 elif any((result.env, result.algo) == (env, algo) for result in comparison.results):
                     sentences.append(
                         f"**{env}**, {measure}: `{algo}` **cannot be compared** with `{reference}`: "
-                        f"{len(ours)} and {len(theirs)} of their runs ended well"
+                        f"{_ended_well(comparison, env, algo)}, {_ended_well(comparison, env, reference)}"
                     )
     for algo in others:
         envs = comparison.shared_envs([algo, reference])
         if len(envs) < 2:
             continue
+        scaled = [env for env in envs if comparison.bounds(env)]
         for measure in MEASURES:
-            mine, its = (comparison.normalised(envs, name, measure) for name in (algo, reference))
-            told = f"normalised interquartile means {stats.pooled_iqm(mine):.2f} and {stats.pooled_iqm(its):.2f}"
+            # Only what is told needs a scale that environments share
+            mine, its = ([comparison.scores(env, name, measure) for env in envs] for name in (algo, reference))
+            told = ""
+            if scaled:
+                means = (stats.pooled_iqm(comparison.normalised(scaled, name, measure)) for name in (algo, reference))
+                told = "normalised interquartile means {:.2f} and {:.2f}".format(*map(float, means))
+                told += "" if scaled == envs else f" in {', '.join(scaled)}"
             where = f"**{', '.join(envs)} together**"
             sentences.append(verdict_sentence(algo, reference, measure, where, stats.compare(mine, its), told))
     return sentences
+
+
+def _ended_well(comparison: Comparison, env: str, algo: str) -> str:
+    all_runs = [result for result in comparison.results if (result.env, result.algo) == (env, algo)]
+    if not all_runs:
+        return f"`{algo}` has no runs there"
+    return f"{len(comparison.runs(env, algo))} of {len(all_runs)} runs of `{algo}` ended well"
 
 
 def number(value: Any) -> str:

@@ -96,9 +96,15 @@ class Document:
     def save(self, folder: Path) -> None:
         """Write ``report.md``, its pictures, and ``report.html``.
 
+        Pictures of the ``report.md`` that was there before, which are in this one no more, are removed.
+
         :param folder: is made if it is not there
         """
         folder.mkdir(parents=True, exist_ok=True)
+        before = folder / "report.md"
+        if before.is_file():
+            for name in set(re.findall(r"\]\((\w+\.png)\)", before.read_text())) - self.pictures.keys():
+                (folder / name).unlink(missing_ok=True)
         for name, png in self.pictures.items():
             (folder / name).write_bytes(png)
         (folder / "report.md").write_text(self.markdown())

@@ -20,6 +20,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_scratch_dqn.bench.machine import end_with, origin, peak_memory
@@ -41,7 +42,9 @@ class Evaluate(BaseCallback):
     def __init__(self, env: VecEnv, steps: list[int], episodes: int, deterministic: bool) -> None:
         super().__init__()
         self.env, self.steps, self.episodes, self.deterministic = env, steps, episodes, deterministic
-        self.curve: dict[str, list[Any]] = {"steps": [], "seconds": [], "cpu_seconds": [], "returns": [], "lengths": []}
+        names = ("steps", "seconds", "cpu_seconds", "returns", "lengths", "steps_taken")
+        self.curve: dict[str, list[Any]] = {name: [] for name in names}
+        self.training_seconds = 0.0
         self._begin = 0.0
         self._cpu_begin = 0.0
 
@@ -50,13 +53,17 @@ class Evaluate(BaseCallback):
         self._evaluate()
 
     def _on_step(self) -> bool:
-        done = len(self.curve["steps"])
-        # The last evaluation is made when training has ended, after the last update
-        if done < len(self.steps) - 1 and self.num_timesteps >= self.steps[done]:
+        # The last evaluation is made when training has ended, after the last update; but what learns from whole
+        # rollouts may take many steps more until then
+        now = len(self.steps) - (0 if isinstance(self.model, OnPolicyAlgorithm) else 1)
+        while len(self.curve["steps"]) < now and self.num_timesteps >= self.steps[len(self.curve["steps"])]:
             self._evaluate()
         return True
 
     def _on_training_end(self) -> None:
+        self.training_seconds = round(time.perf_counter() - self._begin, 3)
+        if self.num_timesteps < self.steps[-1]:
+            raise RuntimeError(f"training ended after {self.num_timesteps:,} of {self.steps[-1]:,} steps")
         while len(self.curve["steps"]) < len(self.steps):
             self._evaluate()
 
@@ -77,12 +84,15 @@ class Evaluate(BaseCallback):
             )
         np.random.set_state(states[0])
         th.set_rng_state(states[1])
+        if not np.isfinite(returns).all():
+            raise ValueError(f"an evaluation after {self.num_timesteps:,} steps gave the returns {returns}")
         values = (
             self.steps[len(self.curve["steps"])],
             round(now - self._begin, 3),
             round(cpu_now - self._cpu_begin, 3),
             [round(float(one), 6) for one in returns],  # type: ignore[union-attr]
             [int(one) for one in lengths],  # type: ignore[union-attr]
+            self.num_timesteps,
         )
         for column, value in zip(self.curve.values(), values, strict=True):
             column.append(value)
@@ -115,7 +125,6 @@ def train(run: Run) -> dict[str, Any]:
         model.learn(run.n_timesteps, callback=[*manager.callbacks, evaluate])
         env.close()
         eval_env.close()
-    seconds = evaluate.curve["seconds"][-1]
     return {
         "settings": {
             **run.conditions(),
@@ -126,8 +135,8 @@ def train(run: Run) -> dict[str, Any]:
         "engine": getattr(getattr(model, "_engine", None), "title", None),
         "curve": evaluate.curve,
         "steps_taken": model.num_timesteps,  # algorithms may go on to the end of a rollout
-        "training_seconds": seconds,
-        "steps_per_second": round(model.num_timesteps / seconds, 1),
+        "training_seconds": evaluate.training_seconds,
+        "steps_per_second": round(model.num_timesteps / evaluate.training_seconds, 1),
         "peak_memory_bytes": peak_memory(),
     }
 

@@ -21,7 +21,7 @@ from joblib import Parallel, delayed, parallel_config
 
 from sb3_scratch_dqn.bench.machine import ONE_THREAD, end_with, n_cores
 from sb3_scratch_dqn.bench.plan import Run, experiment, hyperparameters
-from sb3_scratch_dqn.bench.results import Result, read_result, result_of
+from sb3_scratch_dqn.bench.results import Result, check_place, read_result, result_of
 
 BACKENDS = ("loky", "ray", "dask")
 
@@ -62,7 +62,8 @@ def execute(run: Run) -> dict[str, Any]:
             f"its process ended with code {process.returncode}; it printed: {output.read_text()[-_KEPT_OF_OUTPUT:]}"
         )
         error = {"type": "ProcessEnded", "message": message, "traceback": ""}
-        return {**describe(run), "status": "failed", "settings": run.conditions(), "error": error}
+        known = {**describe(run), "status": "failed", "settings": run.conditions(), "error": error}
+        return dict(json.loads(json.dumps(known)))  # as it would be in the file
 
 
 @contextmanager
@@ -148,6 +149,7 @@ def run_all(
         path = out / run.path
         if path.exists():
             result = read_result(path)
+            check_place(result, out)
             _check_same(run, result, path)
             if result.done or not retry_failed:
                 results[run] = result
@@ -163,8 +165,8 @@ def run_all(
         tasks = (delayed(_numbered)(number, run, os.getpid(), backend) for number, run in enumerate(waiting))
         for known in parallel(tasks):
             run = waiting[known.pop("number")]
-            write(known, out / run.path)
             results[run] = result_of(known, str(out / run.path))
+            write(known, out / run.path)
             progress.finished(run, results[run])
     return [results[run] for run in plan]
 
@@ -271,7 +273,7 @@ class Progress:
             a_step = [
                 result.wall_seconds / other.n_timesteps
                 for other, result in self._results.items()
-                if alike(other) and result.wall_seconds
+                if alike(other) and result.done
             ]
             if a_step:
                 return run.n_timesteps * sum(a_step) / len(a_step)

@@ -49,6 +49,11 @@ def n_cores() -> int:
 
 def peak_memory() -> int:
     """The most memory that this process had, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # what getrusage() says is at least what the parent had
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -62,6 +67,16 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def check_device(device: str) -> None:
+    """See whether this machine has a device.
+
+    :param device: ``"cpu"`` or ``"cuda"``
+    :raises ValueError: if it has not
+    """
+    if device == "cuda" and not th.cuda.is_available():
+        raise ValueError("--device cuda finds no GPU that this PyTorch can use; choose --device cpu")
+
+
 def hardware(device: str) -> dict[str, Any]:
     """What this machine is, ready for JSON.
 
@@ -72,7 +87,7 @@ def hardware(device: str) -> dict[str, Any]:
         "cores": n_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
-        "gpu": th.cuda.get_device_name() if device == "cuda" else None,
+        "gpu": th.cuda.get_device_name() if device == "cuda" and th.cuda.is_available() else None,
     }
 
 

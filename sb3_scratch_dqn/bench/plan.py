@@ -40,6 +40,10 @@ _FOR_THE_ZOO = {
 }
 
 
+# What a run gives each algorithm itself
+_FROM_THE_COMMAND_LINE = {"device", "env", "seed", "verbose"}
+
+
 @dataclass(frozen=True)
 class Run:
     """One training, as settings.
@@ -68,7 +72,7 @@ class Run:
     @property
     def path(self) -> Path:
         """Of its file, in the folder of results."""
-        return Path(EnvironmentName(self.env), file_name(self.algo), f"seed_{self.seed}.json")
+        return run_path(self.algo, self.env, self.seed)
 
     def conditions(self) -> dict[str, Any]:
         """What runs that are compared must have in common."""
@@ -76,6 +80,16 @@ class Run:
 
     def __str__(self) -> str:
         return f"{self.algo}, {self.env}, seed {self.seed}"
+
+
+def run_path(algo: str, env: str, seed: int) -> Path:
+    """Of the file of a run, in the folder of results.
+
+    :param algo: as on the command line
+    :param env: the name of the environment
+    :param seed: of the run
+    """
+    return Path(EnvironmentName(env), file_name(algo), f"seed_{seed}.json")
 
 
 def file_name(algo: str) -> str:
@@ -124,7 +138,8 @@ def experiment(run: Run, folder: str) -> tuple[Any, dict[str, Any], dict[str, An
     name, config = split(run.algo)
     manager = _manager(exp_manager, name, run, folder, config)
     if run.same_settings:
-        manager.config = _manager(exp_manager, run.same_settings, run, folder, None).config
+        same, same_config = split(run.same_settings)
+        manager.config = _manager(exp_manager, same, run, folder, same_config).config
     with redirect_stdout(StringIO()):  # it prints them
         settings, as_in_file = manager.read_hyperparameters()
         as_in_file = dict(as_in_file)
@@ -204,10 +219,10 @@ def make_plan(
             )
     if same_settings is not None:
         _check_algorithm("--same-settings", same_settings, exp_manager.ALGOS)
-    if device == "cuda":
-        from sb3_scratch_dqn.checks import check_device
-
-        check_device(device)
+    folders = [str(EnvironmentName(env)) for env in envs]
+    for env, folder in zip(envs, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise ValueError(f"--envs {env!r} would share the folder {folder!r} with another; compare them apart")
     plan = []
     for env in envs:
         _check_environment(env)
@@ -236,7 +251,7 @@ def _import(packages: Iterable[str]) -> None:
     try:
         for package in packages:
             importlib.import_module(package)
-    except ImportError as error:
+    except Exception as error:  # whatever a module of users does
         raise ValueError(f"--gym-packages {package!r} cannot be imported: {error}") from error
 
 
@@ -270,6 +285,8 @@ def _check_environment(env: str) -> None:
 def _check_settings(run: Run, algorithm: type) -> int:
     try:
         manager, as_in_file, _ = experiment(run, "")
+    except KeyError as error:
+        raise ValueError(f"the settings of {run.algo} for {run.env} have no {error}, which the Zoo needs") from error
     except Exception as error:
         raise ValueError(f"the settings of {run.algo} for {run.env} cannot be read: {error}") from error
     known = inspect.signature(algorithm).parameters
@@ -277,4 +294,6 @@ def _check_settings(run: Run, algorithm: type) -> int:
         if name not in known and name not in _FOR_THE_ZOO:
             whose = run.same_settings or run.algo
             raise ValueError(f"the settings of {whose} for {run.env} have {name!r}, which {run.algo} does not take")
+        if name in _FROM_THE_COMMAND_LINE:
+            raise ValueError(f"the settings of {run.algo} for {run.env} have {name!r}, which this command line decides")
     return int(manager.n_timesteps)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 
 from sb3_scratch_dqn.bench import figures, stats
@@ -18,6 +19,11 @@ from sb3_scratch_dqn.bench.stats import Estimate, Scores
 
 _MIB = 2**20
 
+_MOST_OF_ERROR = 300  # characters; all of it is in the file
+
+# Below so many runs intervals are notably too narrow
+_FEW_RUNS = 10
+
 _AGGREGATES: dict[str, Callable[[Scores], Array]] = {
     "interquartile mean": stats.pooled_iqm,
     "median": stats.median_of_means,
@@ -26,7 +32,9 @@ _AGGREGATES: dict[str, Callable[[Scores], Array]] = {
 }
 
 
-def _with_interval(estimate: Estimate, form: Callable[[Any], str] = number) -> str:
+def _with_interval(estimate: Estimate, form: Callable[[Any], str] = number, n_runs: int = 2) -> str:
+    if n_runs < 2:  # of which nobody knows how much chance there is in it
+        return form(estimate.value)
     return f"{form(estimate.value)} ({form(estimate.low)} to {form(estimate.high)})"
 
 
@@ -62,7 +70,7 @@ def make_document(comparison: Comparison, speed: list[Measured]) -> Document:
 def _write_overview(document: Document, comparison: Comparison) -> None:
     document.paragraph(
         "Each run has a seed of its own and is evaluated in an environment of its own, before training and then "
-        "at fixed steps. Runs in the same environment have the same number of steps and evaluations."
+        "at fixed steps. Runs in the same environment are compared over the same number of steps and evaluations."
     )
     rows = []
     for env in comparison.envs:
@@ -75,10 +83,37 @@ def _write_overview(document: Document, comparison: Comparison) -> None:
         evaluated = f"{settings['n_evaluations'] + 1} x {settings['eval_episodes']} episodes"
         rows.append([env, f"{settings['n_timesteps']:,}", evaluated, *counts])
     document.table(["environment", "steps", "evaluations", *(f"runs of `{algo}`" for algo in comparison.algos)], rows)
+    longer = _longer(comparison)
+    if longer:
+        document.paragraph(
+            "**More steps than wanted** were taken by algorithms that learn from whole rollouts; of what they learned "
+            "from the steps beyond, no evaluation knows:"
+        )
+        document.items(longer)
     failed = comparison.failed()
     if failed:
         document.paragraph(f"**{len(failed)} of {len(comparison.results)} runs failed**, and are in no figure below:")
-        document.items([f"`{result.algo}`, {result.env}, seed {result.seed}: {result.error}" for result in failed])
+        document.items(
+            [f"`{result.algo}`, {result.env}, seed {result.seed}: {_in_a_line(result.error)}" for result in failed]
+        )
+
+
+def _longer(comparison: Comparison) -> list[str]:
+    """Which algorithms trained for notably more steps than they were to."""
+    told = []
+    for env in comparison.envs:
+        for algo in comparison.algos_in(env):
+            runs = comparison.runs(env, algo)
+            taken, wanted = max(run.steps_taken for run in runs), int(runs[0].steps[-1])
+            if taken > 1.05 * wanted:
+                told.append(f"`{algo}`, {env}: {taken:,} instead of {wanted:,}")
+    return told
+
+
+def _in_a_line(text: str) -> str:
+    """What a process printed, as part of a sentence."""
+    line = " ".join(text.replace("`", "'").split())
+    return line if len(line) <= _MOST_OF_ERROR else f"{line[:_MOST_OF_ERROR]} ..."
 
 
 def _write_verdicts(document: Document, comparison: Comparison) -> None:
@@ -88,8 +123,8 @@ def _write_verdicts(document: Document, comparison: Comparison) -> None:
     document.heading("What is better")
     document.items(sentences)
     document.paragraph(
-        "That is what a two-sided permutation test of the probability of improvement says; no difference does not mean "
-        "that there is none. Of equal algorithms, about one comparison in 20 comes out as a difference by chance; here "
+        "That is what a two-sided permutation test of the probability of improvement, over its standard error, says; no "
+        "difference does not mean that there is none. Of equal algorithms, about one comparison in 20 comes out as a difference by chance; here "
         f"are {len(sentences)} comparisons."
     )
 
@@ -127,13 +162,18 @@ def _write_scores(document: Document, comparison: Comparison, look: dict[str, fi
             for measure in MEASURES:
                 estimate = _of_runs(comparison.scores(env, algo, measure))
                 panels[measure].setdefault(env, (measure, {}))[1][algo] = estimate
-                row.append(_with_interval(estimate))
+                row.append(_with_interval(estimate, n_runs=len(comparison.runs(env, algo))))
             rows.append(row)
     document.table(["environment", "algorithm", "runs", *MEASURES], rows)
     document.paragraph(
         "Interquartile means over runs, with intervals at 95%. The area is that under the learning curve over the "
         "steps of the training, so a mean return; the final return is that of the last evaluation."
     )
+    if any(len(comparison.runs(env, algo)) < _FEW_RUNS for env in comparison.envs for algo in comparison.algos_in(env)):
+        document.paragraph(
+            "Intervals of few runs are narrower than they should be: those of three runs hold what many runs would "
+            "give in about 75 of 100 cases, those of five in about 88. The verdicts above do not rest on them."
+        )
     for measure in MEASURES:
         name = "final_return" if measure == "final return" else "area"
         caption = f"{measure.capitalize()}: interquartile mean of the runs, with its interval at 95%."
@@ -141,11 +181,28 @@ def _write_scores(document: Document, comparison: Comparison, look: dict[str, fi
 
 
 def _write_aggregates(document: Document, comparison: Comparison, look: dict[str, figures.Look]) -> None:
-    present = [algo for algo in comparison.algos if any(comparison.runs(env, algo) for env in comparison.envs)]
-    envs = comparison.shared_envs(present)
     document.heading("All environments together")
-    if len(envs) < 2:
+    groups = comparison.groups()
+    for number_of_group, group in enumerate(groups):
+        _write_aggregate(document, comparison, look, group, f"_{number_of_group + 1}" if number_of_group else "")
+    if not groups:
         document.paragraph("That takes two environments in which all algorithms have runs.")
+
+
+def _write_aggregate(
+    document: Document, comparison: Comparison, look: dict[str, figures.Look], present: list[str], suffix: str
+) -> None:
+    shared = comparison.shared_envs(present)
+    envs = [env for env in shared if comparison.bounds(env)]
+    names = ", ".join(f"`{algo}`" for algo in present)
+    left_out = [env for env in shared if env not in envs]
+    if left_out:
+        document.paragraph(
+            f"Left out, because nobody was better there than untrained agents, so that there is no scale: "
+            f"{', '.join(left_out)}."
+        )
+    if len(envs) < 2:
+        document.paragraph(f"For {names} there are not two environments with a scale.")
         return
     bounds = "; ".join(
         f"{env} {number(low)} and {number(high)}"
@@ -153,9 +210,10 @@ def _write_aggregates(document: Document, comparison: Comparison, look: dict[str
         for low, high in [comparison.bounds(env) or (0.0, 1.0)]
     )
     document.paragraph(
-        f"Of the environments in which all algorithms have runs ({', '.join(envs)}). Scores are normalised: 0 is what "
-        "untrained agents get, 1 the return at which the environment counts as solved or, where nobody says that, the "
-        f"best final return here. These are {bounds}. An optimality gap is what runs lack of 1; the lower, the better."
+        f"**{', '.join(envs)}**, in which {names} have runs; each environment has the same weight. Scores are "
+        "normalised: 0 is what untrained agents get, 1 the return at which the environment counts as solved or, where "
+        f"nobody says that, the best final return here. These are {bounds}. An optimality gap is what runs lack of 1; "
+        "the lower, the better."
     )
     for measure, name in zip(MEASURES, ("area", "final_return"), strict=True):
         scores = {algo: comparison.normalised(envs, algo, measure) for algo in present}
@@ -173,7 +231,7 @@ def _write_aggregates(document: Document, comparison: Comparison, look: dict[str
         document.table([measure, *estimates], rows)
         panels = {title: (f"normalised {measure}", of_algo) for title, of_algo in estimates.items()}
         caption = f"Normalised {measure} over all runs and environments, with intervals at 95%."
-        document.picture(f"aggregate_{name}", figures.png(figures.intervals(panels, look)), caption)
+        document.picture(f"aggregate_{name}{suffix}", figures.png(figures.intervals(panels, look)), caption)
     finals = {algo: comparison.normalised(envs, algo, "final return") for algo in present}
     everything = np.concatenate([task for tasks in finals.values() for task in tasks])
     thresholds = np.linspace(min(0.0, everything.min()) - 0.02, max(1.0, everything.max()) + 0.02, 201)
@@ -182,7 +240,7 @@ def _write_aggregates(document: Document, comparison: Comparison, look: dict[str
         for algo, tasks in finals.items()
     }
     document.picture(
-        "profiles",
+        f"profiles{suffix}",
         figures.png(figures.profiles(thresholds, shares, look)),
         "Performance profiles: the share of runs with a final return above a normalised score, with intervals at 95%.",
     )
@@ -195,8 +253,8 @@ def _write_improvement(document: Document, comparison: Comparison, look: dict[st
         for algo in comparison.algos_in(env):
             theirs = comparison.scores(env, reference, measure)
             if algo != reference and len(theirs):
-                verdict = stats.compare([comparison.scores(env, algo, measure)], [theirs])
-                panels.setdefault(env, {})[algo] = verdict.improvement
+                improvement = stats.improvement([comparison.scores(env, algo, measure)], [theirs])
+                panels.setdefault(env, {})[algo] = improvement
     if panels:
         document.heading("Probability of improvement")
         document.picture(
@@ -215,12 +273,12 @@ def _write_costs(document: Document, comparison: Comparison, look: dict[str, fig
             runs = comparison.runs(env, algo)
             speeds = _of_runs(np.array([run.steps_per_second for run in runs]))
             memory = _of_runs(np.array([run.peak_memory / _MIB for run in runs]))
-            share = np.median([run.known["curve"]["cpu_seconds"][-1] / max(run.seconds[-1], 1e-9) for run in runs])
+            share = np.median([run.cpu_seconds[-1] / max(run.seconds[-1], 1e-9) for run in runs])
             panels.setdefault(f"{env}, throughput", ("environment steps per second of training", {}))[1][algo] = speeds
             panels.setdefault(f"{env}, memory", ("peak memory of the process (MiB)", {}))[1][algo] = memory
             whole = "{:,.0f}".format
-            row = [env, f"`{algo}`", _with_interval(speeds, whole), _with_interval(memory, whole), f"{share:.2f}"]
-            rows.append(row)
+            told = (_with_interval(one, whole, len(runs)) for one in (speeds, memory))
+            rows.append([env, f"`{algo}`", *told, f"{share:.2f}"])
     document.table(["environment", "algorithm", "steps/s", "peak memory, MiB", "processor time / time"], rows)
     document.paragraph(
         "Interquartile means over runs, with intervals at 95%. Runs that went on side by side slow each other down; a "
@@ -262,18 +320,31 @@ def _write_origin(document: Document, comparison: Comparison) -> None:
     document.heading("How it was made")
     for command in commands(comparison):
         document.code(command)
-    origins = sorted({f"{_versions(result.known)}; {_machine(result.known)}" for result in comparison.results})
-    document.items(origins)
-    commits = sorted({str(result.known.get("commit")) for result in comparison.results})
-    document.paragraph(f"Commits: {', '.join(f'`{commit}`' for commit in commits)}.")
+    document.items(_origins(comparison, lambda known: f"{_versions(known)}; {_machine(known)}"))
+    document.items(_origins(comparison, lambda known: f"commit `{known.get('commit')}`"))
     rows = []
     for env in comparison.envs:
         for algo in comparison.algos_in(env):
             settings = comparison.runs(env, algo)[0].settings["hyperparameters"]
             told = ", ".join(f"{name}={value}" for name, value in settings.items())
-            rows.append([env, f"`{algo}`", told])
+            engines = sorted({str(run.known.get("engine") or "") for run in comparison.runs(env, algo)})
+            rows.append([env, f"`{algo}`", ", ".join(engines), told])
     if rows:
-        document.table(["environment", "algorithm", "settings"], rows)
+        document.table(["environment", "algorithm", "engine", "settings"], rows)
+
+
+def _origins(comparison: Comparison, of: Callable[[Mapping[str, Any]], str]) -> list[str]:
+    """What runs were made with, and which: one line for all that have it in common."""
+    runs: dict[str, dict[str, int]] = {}
+    for result in comparison.results:
+        counts = runs.setdefault(of(result.known), {})
+        name = f"`{result.algo}` in {result.env}"
+        counts[name] = counts.get(name, 0) + 1
+    if len(runs) == 1:
+        return list(runs)
+    return [
+        f"{told}: " + ", ".join(f"{count} of {name}" for name, count in runs[told].items()) for told in sorted(runs)
+    ]
 
 
 def _versions(known: Mapping[str, Any]) -> str:
@@ -296,7 +367,9 @@ def write_report(folder: Path, out: Path | None = None, reference: str | None = 
     :raises ValueError: if a file is broken, settings are mixed, or there is nothing to report
     """
     comparison = make_comparison(read_results(folder), reference)
-    document = make_document(comparison, read_speed(folder))
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever users have in their settings
+        document = make_document(comparison, read_speed(folder))
     out = out or folder / "report"
     document.save(out)
     return out / "report.html"
