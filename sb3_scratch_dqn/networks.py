@@ -20,9 +20,12 @@ from sb3_scratch_dqn.noisy import NoisyLinear, noise
 # (inputs, outputs) -> layer
 LinearFactory = Callable[[int, int], nn.Module]
 
+# -> activation; a class is one
+ActivationFactory = Callable[[], nn.Module]
+
 
 def hidden_layers(
-    n_inputs: int, widths: list[int], activation_fn: type[nn.Module], linear: LinearFactory
+    n_inputs: int, widths: list[int], activation_fn: ActivationFactory, linear: LinearFactory
 ) -> list[nn.Module]:
     """Linear layers, each followed by an activation.
 
@@ -77,7 +80,7 @@ class DuelingStreams(nn.Module):
         widths: list[int],
         n_actions: int,
         n_outputs: int,
-        activation_fn: type[nn.Module],
+        activation_fn: ActivationFactory,
         linear: LinearFactory,
     ) -> None:
         super().__init__()
@@ -130,7 +133,7 @@ class QNetwork(BasePolicy):
         features_dim: int,
         net_arch: list[int],
         head: ValueHead,
-        activation_fn: type[nn.Module] = nn.ReLU,
+        activation_fn: ActivationFactory = nn.ReLU,
         normalize_images: bool = True,
         dueling: bool = False,
         linear: LinearFactory = nn.Linear,

@@ -15,7 +15,7 @@ from torch import nn
 from sb3_scratch_dqn.checks import check_flag, check_net_arch, check_not_negative, check_subclass
 from sb3_scratch_dqn.heads import ValueHead, make_head
 from sb3_scratch_dqn.masks import Masks, check_masks, masked_argmax
-from sb3_scratch_dqn.networks import QNetwork, network_class
+from sb3_scratch_dqn.networks import ActivationFactory, QNetwork, network_class
 from sb3_scratch_dqn.noisy import NoisyLinear, noise
 
 # Arguments that SB3's policies do not have
@@ -29,7 +29,7 @@ class DQNPolicy(BasePolicy):
     :param action_space: what it chooses from
     :param lr_schedule: learning rate as a function of the remaining progress, 1 to 0
     :param net_arch: widths of the hidden layers; by default ``[64, 64]``, and none behind a ``NatureCNN``
-    :param activation_fn: follows every hidden layer
+    :param activation_fn: class of what follows every hidden layer, or a function that makes it
     :param features_extractor_class: turns observations into features; by default the policy's own
     :param features_extractor_kwargs: its arguments
     :param normalize_images: divide images by 255
@@ -56,7 +56,7 @@ class DQNPolicy(BasePolicy):
         action_space: spaces.Discrete,
         lr_schedule: Schedule,
         net_arch: list[int] | None = None,
-        activation_fn: type[nn.Module] = nn.ReLU,
+        activation_fn: ActivationFactory = nn.ReLU,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -82,7 +82,8 @@ class DQNPolicy(BasePolicy):
         if net_arch is None:
             net_arch = [] if features_extractor_class == NatureCNN else [64, 64]
         check_net_arch(net_arch)
-        check_subclass("activation_fn", activation_fn, nn.Module)
+        if isinstance(activation_fn, type) or not callable(activation_fn):
+            check_subclass("activation_fn", activation_fn, nn.Module)
         check_flag("dueling", dueling)
         check_flag("noisy", noisy)
         check_not_negative("noisy_sigma", noisy_sigma)

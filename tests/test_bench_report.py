@@ -183,7 +183,7 @@ def test_steps_beyond_those_that_were_wanted_are_told(tmp_path):
     put(tmp_path, known_run("dqn", "One-v0", 0, 100, rng, steps_taken=205))
     put(tmp_path, known_run("ppo", "One-v0", 0, 100, rng, steps_taken=16_384))
     text = report(tmp_path)
-    assert "- `ppo`, One-v0: 16,384 instead of 200" in text
+    assert "- `ppo`, One-v0: 16,384 instead of 200, evaluated for the last time after 16,384" in text
     assert "`dqn`, One-v0: " not in text
 
 

@@ -121,6 +121,12 @@ CONFIGURATIONS = {
             },
         },
     ),
+    "an activation with an argument": (
+        "MlpPolicy",
+        TimeoutEnv,
+        300,
+        {**SMALL, "policy_kwargs": {"activation_fn": lambda: nn.LeakyReLU(0.3), "net_arch": [20, 20]}},
+    ),
     "batch normalisation and dropout": (
         "MlpPolicy",
         TimeoutEnv,

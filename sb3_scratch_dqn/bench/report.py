@@ -86,8 +86,7 @@ def _write_overview(document: Document, comparison: Comparison) -> None:
     longer = _longer(comparison)
     if longer:
         document.paragraph(
-            "**More steps than wanted** were taken by algorithms that learn from whole rollouts; of what they learned "
-            "from the steps beyond, no evaluation knows:"
+            "**More steps than wanted** were taken by algorithms that only end with a whole rollout or episode:"
         )
         document.items(longer)
     failed = comparison.failed()
@@ -104,9 +103,13 @@ def _longer(comparison: Comparison) -> list[str]:
     for env in comparison.envs:
         for algo in comparison.algos_in(env):
             runs = comparison.runs(env, algo)
-            taken, wanted = max(run.steps_taken for run in runs), int(runs[0].steps[-1])
-            if taken > 1.05 * wanted:
-                told.append(f"`{algo}`, {env}: {taken:,} instead of {wanted:,}")
+            longest, wanted = max(runs, key=lambda run: run.steps_taken), int(runs[0].steps[-1])
+            if longest.steps_taken > 1.05 * wanted:
+                evaluated = longest.known["curve"].get("steps_taken", [longest.steps_taken])[-1]
+                told.append(
+                    f"`{algo}`, {env}: {longest.steps_taken:,} instead of {wanted:,}, evaluated for the last time "
+                    f"after {evaluated:,}"
+                )
     return told
 
 
@@ -123,9 +126,9 @@ def _write_verdicts(document: Document, comparison: Comparison) -> None:
     document.heading("What is better")
     document.items(sentences)
     document.paragraph(
-        "That is what a two-sided permutation test of the probability of improvement, over its standard error, says; no "
-        "difference does not mean that there is none. Of equal algorithms, about one comparison in 20 comes out as a difference by chance; here "
-        f"are {len(sentences)} comparisons."
+        "That is what a two-sided permutation test of the probability of improvement, over its standard error, says; "
+        "no difference does not mean that there is none. Of equal algorithms, about one comparison in 20 comes out as "
+        f"a difference by chance; here are {len(sentences)} comparisons."
     )
 
 
