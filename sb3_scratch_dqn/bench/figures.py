@@ -126,7 +126,7 @@ def intervals(
         one.set_title("\n".join(textwrap.wrap(title.replace("`", ""), 46)), fontsize=10)
         one.set_xlabel(label)
         if from_zero:
-            one.set_xlim(left=0)
+            one.set_xlim(0, 1.05 * max(float(estimate.high) for estimate in of_algo.values()))
     return figure
 
 
