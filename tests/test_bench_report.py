@@ -223,11 +223,38 @@ def test_an_environment_in_which_nobody_learns_has_no_scale_but_a_verdict(tmp_pa
     assert "in One-v0, Two-v0; a run of it" in text
 
 
+def test_a_single_algorithm_is_shown_over_all_its_environments(tmp_path):
+    put_all(tmp_path, {"dqn": 100}, n_seeds=1)
+    text = report(tmp_path)
+    assert "**One-v0, Two-v0**, in which `dqn` have runs" in text
+    assert re.search(r"\| `dqn` \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|\n", text), "one run has no interval"
+
+
+def test_algorithms_that_have_more_environments_than_the_reference_are_shown_with_it(tmp_path):
+    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 100}, n_seeds=4)
+    put_all(tmp_path, {"scratch_dqn": 100}, n_seeds=4, envs=["Three-v0"])
+    put_all(tmp_path, {"qrdqn": 100}, n_seeds=4, envs=["One-v0"])
+    assert make_comparison(read_results(tmp_path)).groups() == [["dqn", "scratch_dqn"]]
+
+
+def test_one_lucky_agent_before_training_is_no_scale(tmp_path):
+    rng = np.random.default_rng(2)
+    for seed in range(10):
+        known = known_run("dqn", "One-v0", seed, 55, rng, reward_threshold=None)
+        known["curve"]["returns"][0] = [60.0, 60.0] if seed == 0 else [10.0, 10.0]
+        put(tmp_path, known)
+    low, high = make_comparison(read_results(tmp_path)).bounds("One-v0")
+    assert low == pytest.approx(15)
+    assert 50 < high < 60
+
+
 def test_pictures_of_an_earlier_report_go_and_other_files_stay(tmp_path):
     put_all(tmp_path, {"dqn": 100, "scratch_dqn": 100}, n_seeds=4)
     report(tmp_path)
     own = tmp_path / "report" / "own.png"
     own.write_text("somebody's")
+    with (tmp_path / "report" / "report.md").open("a") as file:
+        file.write("![mine](own.png)")
     assert (tmp_path / "report" / "profiles.png").exists()
     for path in (tmp_path / "Two-v0").rglob("*.json"):
         path.unlink()

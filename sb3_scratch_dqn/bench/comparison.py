@@ -62,10 +62,9 @@ class Comparison:
         Those that have runs wherever the reference has, and all that have any.
         """
         present = [algo for algo in self.algos if self.shared_envs([algo])]
-        everywhere = [algo for algo in present if self.shared_envs([algo]) == self.shared_envs([self.reference])]
-        groups = [everywhere] if len(everywhere) > 1 else []
-        if present != everywhere:
-            groups.append(present)
+        wanted = set(self.shared_envs([self.reference]))
+        everywhere = [algo for algo in present if wanted <= set(self.shared_envs([algo]))]
+        groups = [present] if present == everywhere else [everywhere, present] if len(everywhere) > 1 else [present]
         return [group for group in groups if len(self.shared_envs(group)) > 1]
 
     def scores(self, env: str, algo: str, measure: str) -> Array:
@@ -81,7 +80,8 @@ class Comparison:
         """The returns that count as 0 and 1 in an environment.
 
         That is, what untrained agents get, and what the environment is solved at, or, where nobody says that, the best
-        that an algorithm got. ``None`` if nobody has learned anything, where that would be a scale of chance.
+        that an algorithm got. ``None`` if nobody has learned anything, where that would be a scale of chance: the best
+        is not two standard deviations of untrained agents above their mean.
         """
         runs = [run for run in self.results if run.env == env and run.done]
         if not runs:
@@ -90,7 +90,7 @@ class Comparison:
         best = runs[0].known.get("reward_threshold")
         if best is None:
             best = max(float(stats.iqm(self.scores(env, algo, "final return"))) for algo in self.algos_in(env))
-            if best <= max(untrained):
+            if best <= np.mean(untrained) + 2 * np.std(untrained):
                 return None
         return (float(np.mean(untrained)), float(best)) if best > np.mean(untrained) else None
 

@@ -93,18 +93,16 @@ class Document:
             f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
         )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, own: re.Pattern[str]) -> None:
         """Write ``report.md``, its pictures, and ``report.html``.
 
-        Pictures of the ``report.md`` that was there before, which are in this one no more, are removed.
-
         :param folder: is made if it is not there
+        :param own: the names of all pictures that it might have; those that it has not, but had before, are removed
         """
         folder.mkdir(parents=True, exist_ok=True)
-        before = folder / "report.md"
-        if before.is_file():
-            for name in set(re.findall(r"\]\((\w+\.png)\)", before.read_text())) - self.pictures.keys():
-                (folder / name).unlink(missing_ok=True)
+        for path in folder.glob("*.png"):
+            if own.fullmatch(path.name) and path.name not in self.pictures:
+                path.unlink()
         for name, png in self.pictures.items():
             (folder / name).write_bytes(png)
         (folder / "report.md").write_text(self.markdown())

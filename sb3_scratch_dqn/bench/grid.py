@@ -56,14 +56,19 @@ def execute(run: Run) -> dict[str, Any]:
         if answer.is_file():
             known: dict[str, Any] = json.loads(answer.read_text())
             return known
-        from sb3_scratch_dqn.bench.experiment import describe
-
         message = (
             f"its process ended with code {process.returncode}; it printed: {output.read_text()[-_KEPT_OF_OUTPUT:]}"
         )
-        error = {"type": "ProcessEnded", "message": message, "traceback": ""}
-        known = {**describe(run), "status": "failed", "settings": run.conditions(), "error": error}
-        return dict(json.loads(json.dumps(known)))  # as it would be in the file
+        return _failed(run, "ProcessEnded", message)
+
+
+def _failed(run: Run, kind: str, message: str) -> dict[str, Any]:
+    """What is known of a run that left nothing itself."""
+    from sb3_scratch_dqn.bench.experiment import describe
+
+    error = {"type": kind, "message": message, "traceback": ""}
+    known = {**describe(run), "status": "failed", "settings": run.conditions(), "error": error}
+    return dict(json.loads(json.dumps(known)))  # as it would be in the file
 
 
 @contextmanager
@@ -165,8 +170,13 @@ def run_all(
         tasks = (delayed(_numbered)(number, run, os.getpid(), backend) for number, run in enumerate(waiting))
         for known in parallel(tasks):
             run = waiting[known.pop("number")]
-            results[run] = result_of(known, str(out / run.path))
+            try:
+                result = result_of(known, str(out / run.path))
+            except ValueError as error:  # as what another version on a machine of a cluster gives may be refused
+                known = _failed(run, "ValueError", str(error))
+                result = result_of(known, str(out / run.path))
             write(known, out / run.path)
+            results[run] = result
             progress.finished(run, results[run])
     return [results[run] for run in plan]
 

@@ -3,6 +3,7 @@
 Nothing in it depends on the clock or on chance: the same files give the same report, to the last byte.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ from sb3_scratch_dqn.bench.speed_results import Measured, read_speed
 from sb3_scratch_dqn.bench.stats import Estimate, Scores
 
 _MIB = 2**20
+
+# The names of all pictures that a report may have
+_PICTURES = re.compile(
+    r"(area|final_return|improvement|costs|speed|curves_over_(steps|time)|(aggregate_(area|final_return)|profiles)(_2)?)"
+    r"\.png"
+)
 
 _MOST_OF_ERROR = 300  # characters; all of it is in the file
 
@@ -201,7 +208,7 @@ def _write_aggregate(
     left_out = [env for env in shared if env not in envs]
     if left_out:
         document.paragraph(
-            f"Left out, because nobody was better there than untrained agents, so that there is no scale: "
+            f"Left out, because nobody was clearly better there than untrained agents, so that there is no scale: "
             f"{', '.join(left_out)}."
         )
     if len(envs) < 2:
@@ -227,7 +234,10 @@ def _write_aggregate(
         rows = [
             [
                 f"`{algo}`",
-                *(_with_interval(of_algo[algo], lambda value: f"{value:.2f}") for of_algo in estimates.values()),
+                *(
+                    _with_interval(of_algo[algo], "{:.2f}".format, max(map(len, scores[algo])))
+                    for of_algo in estimates.values()
+                ),
             ]
             for algo in present
         ]
@@ -374,5 +384,5 @@ def write_report(folder: Path, out: Path | None = None, reference: str | None = 
         matplotlib.rcdefaults()  # whatever users have in their settings
         document = make_document(comparison, read_speed(folder))
     out = out or folder / "report"
-    document.save(out)
+    document.save(out, _PICTURES)
     return out / "report.html"
