@@ -49,7 +49,7 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
     _masks: Masks | None = None  # of the states that the environments are in; None if they have no masks
     _act: GreedyActor | None = None
     _stores_plainly: bool = False
-    _looked_at_engine: bool = False  # and nobody could have changed anything since
+    _looked_at_engine: bool = False  # and nobody could have changed anything since that acting depends on
 
     def predict(
         self,

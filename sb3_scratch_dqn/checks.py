@@ -13,6 +13,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import TrainFreq
+from torch import nn
 
 Space = spaces.Space[Any]
 
@@ -53,6 +54,28 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Refuse what is not among ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+
+
+def check_makes_module(name: str, factory: Any) -> None:
+    """Refuse what does not make modules.
+
+    :param name: of the argument
+    :param factory: must be a subclass of ``nn.Module``, or a function without arguments that returns a module
+    """
+    if isinstance(factory, type):
+        check_subclass(name, factory, nn.Module)
+        return
+    made: Any = None
+    if callable(factory) and not isinstance(factory, nn.Module):
+        try:
+            with th.random.fork_rng(devices=[]):  # as if it had not been called
+                made = factory()
+        except TypeError:  # it wants arguments
+            made = None
+    if not isinstance(made, nn.Module):
+        raise ValueError(
+            f"{name}={factory!r} must be a subclass of torch.nn.Module, or a function without arguments that makes one"
+        )
 
 
 def check_subclass(name: str, value: Any, base: type) -> None:

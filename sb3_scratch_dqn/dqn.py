@@ -43,9 +43,6 @@ if TYPE_CHECKING:
 # Callbacks write the log too, at times that nobody knows before; figures of an update must lie ready then
 _UPDATES_BETWEEN_FIGURES = 100
 
-# Methods that come between a look at the engine and its gradient steps, where somebody may have patched them
-_ON_THE_WAY = ("train", "_sample_action", "_store_transition", "_update_info_buffer", "_on_step", "dump_logs")
-
 SelfScratchDQN = TypeVar("SelfScratchDQN", bound="ScratchDQN")
 
 
@@ -232,6 +229,7 @@ class ScratchDQN(LeanRollouts):
         policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs)
         assert isinstance(policy, DQNPolicy)
         self.policy = policy.to(self.device)
+        self._create_aliases()
         self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
 
@@ -280,7 +278,7 @@ class ScratchDQN(LeanRollouts):
     def _greedy_actor(self) -> GreedyActor | None:
         if replaced(self.policy, DQNPolicy, "predict", "_predict", "obs_to_tensor"):
             return None
-        return self._current_engine().act
+        return (self._engine if self._looked_at_engine else self._current_engine()).act
 
     def _objective(self) -> Objective:
         munchausen = self.munchausen_kwargs or {}
@@ -307,7 +305,7 @@ class ScratchDQN(LeanRollouts):
         self.policy.q_net_target = network
 
     def _create_aliases(self) -> None:
-        """Nothing to do, unlike in SB3, where what was replaced in the policy has to be told."""
+        """Names of subclasses for parts of the policy may be made here; those of SB3 need no telling."""
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         checks.check_choice("policy", policy_name, self.policy_aliases)
@@ -391,10 +389,7 @@ class ScratchDQN(LeanRollouts):
         :param batch_size: transitions in each
         """
         assert self.replay_buffer is not None
-        # Code of users may have changed something on the way here
-        plain = type(self) is ScratchDQN and vars(self).keys().isdisjoint(_ON_THE_WAY)
-        looked, self._looked_at_engine = self._looked_at_engine and plain, False
-        engine = self._engine if looked else self._current_engine()
+        engine = self._current_engine()
         self._update_learning_rate(self.policy.optimizer)
         if isinstance(self.replay_buffer, ScratchReplayBuffer):
             self.replay_buffer.sampler.progressed(self._current_progress_remaining)
@@ -410,6 +405,8 @@ class ScratchDQN(LeanRollouts):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         # The mean of one number takes NumPy several times as long as all else here
         self.logger.record("train/loss", losses[0] if len(losses) == 1 else np.mean(losses))
+        # Unless somebody comes behind this, the next rollout finds the engine as it was here
+        self._looked_at_engine = type(self) is ScratchDQN and "train" not in vars(self)
 
     def dump_logs(self) -> None:
         """Write what was logged, and with it how the last update looked."""

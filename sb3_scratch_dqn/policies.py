@@ -12,7 +12,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_scratch_dqn.checks import check_flag, check_net_arch, check_not_negative, check_subclass
+from sb3_scratch_dqn.checks import check_flag, check_makes_module, check_net_arch, check_not_negative
 from sb3_scratch_dqn.heads import ValueHead, make_head
 from sb3_scratch_dqn.masks import Masks, check_masks, masked_argmax
 from sb3_scratch_dqn.networks import ActivationFactory, QNetwork, network_class
@@ -82,8 +82,7 @@ class DQNPolicy(BasePolicy):
         if net_arch is None:
             net_arch = [] if features_extractor_class == NatureCNN else [64, 64]
         check_net_arch(net_arch)
-        if isinstance(activation_fn, type) or not callable(activation_fn):
-            check_subclass("activation_fn", activation_fn, nn.Module)
+        check_makes_module("activation_fn", activation_fn)
         check_flag("dueling", dueling)
         check_flag("noisy", noisy)
         check_not_negative("noisy_sigma", noisy_sigma)

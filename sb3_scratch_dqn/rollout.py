@@ -84,7 +84,9 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
         }
         num_collected_steps, num_collected_episodes = 0, 0
         callback.on_rollout_start()
+        self._looked_at_engine = self._looked_at_engine and not watched
         self._choose_how_to_act()
+        self._looked_at_engine = False
         step = lean_step(env)
         while should_collect_more_steps(train_freq, num_collected_steps, num_collected_episodes):
             actions, buffer_actions = self._sample_action(learning_starts, action_noise, n_envs)
@@ -126,7 +128,6 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
             if watched:
                 seen.update(idx=idx, done=dones[idx])
         callback.on_rollout_end()
-        self._looked_at_engine = not watched and self._act is not None
         return RolloutReturn(num_collected_steps * n_envs, num_collected_episodes, continue_training=True)
 
 

@@ -144,7 +144,7 @@ def test_what_somebody_changes_between_updates_is_heeded(change, monkeypatch):
 
     def learn(engine):
         model = make("defaults", engine).learn(60)
-        th.manual_seed(0)
+        th.manual_seed(5)
         change(model)
         np.random.seed(0)
         model.train(5, 16)
@@ -230,7 +230,7 @@ def test_models_can_be_copied_after_training_and_go_on_alike():
     assert_equal(model.get_parameters(), again.get_parameters())
     for one in (model, again):
         np.random.seed(0)
-        th.manual_seed(0)
+        th.manual_seed(5)
         one.train(3, 16)
     assert distance(model, again) == 0
     assert_equal(model.replay_buffer.sampler.tree.values, again.replay_buffer.sampler.tree.values)

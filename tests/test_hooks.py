@@ -208,10 +208,52 @@ def test_what_a_callback_does_at_any_of_its_times_is_heeded(callback):
     assert_same_training(reference, model)
 
 
-def test_networks_that_draw_random_numbers_do_so_in_the_same_order():
+@pytest.mark.parametrize("by", ["class", "hook", "patch"])
+def test_networks_that_draw_random_numbers_do_so_in_the_same_order(by):
     def learn(algorithm):
-        kwargs = {"features_extractor_class": Augmenting}
+        kwargs = {"features_extractor_class": Augmenting} if by == "class" else {}
         settings = {**SMALL, "gradient_steps": 3, **exactly(algorithm)}
-        return algorithm("MlpPolicy", TimeoutEnv(), policy_kwargs=kwargs, **settings).learn(100)
+        model = algorithm("MlpPolicy", TimeoutEnv(), policy_kwargs=kwargs, **settings)
+        extractor = model.q_net.features_extractor
+        own = extractor.forward
+        if by == "hook":
+            extractor.register_forward_pre_hook(lambda _, args: (args[0] * float(np.random.uniform(0.9, 1.1)),))
+        elif by == "patch":
+            extractor.forward = lambda x: own(x) * float(np.random.uniform(0.9, 1.1))
+        model.learn(100)
+        vars(extractor).pop("forward", None)
+        return model
 
     assert_same_training(learn(DQN), learn(ScratchDQN))
+
+
+def test_statistics_of_a_replaced_network_follow():
+    model = ScratchDQN(
+        "MlpPolicy",
+        TimeoutEnv(),
+        policy_kwargs={"features_extractor_class": NormedExtractor},
+        **{**SMALL, "target_update_interval": 10},
+    )
+    model.q_net = deepcopy(model.q_net)
+    model.policy.optimizer = th.optim.Adam(model.q_net.parameters())
+    model.learn(120)
+    model._engine.move_target(1.0)
+    ours, theirs = model.q_net.state_dict(), model.q_net_target.state_dict()
+    names = [name for name in ours if "running_" in name]
+    assert names
+    assert all(th.equal(ours[name], theirs[name]) for name in names)
+
+
+def test_subclasses_may_make_names_of_their_own():
+    class Own(ScratchDQN):
+        def _create_aliases(self):
+            super()._create_aliases()
+            self.layers = self.policy.q_net.q_net
+
+    assert Own("MlpPolicy", TimeoutEnv()).layers is not None
+
+
+@pytest.mark.parametrize("activation", [th.nn.ReLU(), th.relu, lambda: 3, 3, th.optim.Adam, "relu"])
+def test_an_activation_that_makes_no_module_is_refused(activation):
+    with pytest.raises(ValueError, match=r"activation_fn=.* must be a subclass of torch.nn"):
+        ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs={"activation_fn": activation})

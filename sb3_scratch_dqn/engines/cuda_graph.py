@@ -46,6 +46,8 @@ _unrecordable: "WeakKeyDictionary[QNetwork, str]" = WeakKeyDictionary()
 
 
 def _why_not(policy: DQNPolicy) -> str | None:
+    if th.is_anomaly_enabled():
+        return "autograd is to look for anomalies"
     for network in (policy.q_net, policy.q_net_target):
         if is_patched(network):
             return "a method of the network was patched"
@@ -121,7 +123,12 @@ class CudaGraphEngine:
         """Whether somebody changed the policy in a way that this engine must be made anew for."""
         if self._watch is None:
             return _why_not(self.policy) is not None
-        return self.policy.q_net in _unrecordable or self._watch.changed() or self._steps.changed()
+        return (
+            th.is_anomaly_enabled()
+            or self.policy.q_net in _unrecordable
+            or self._watch.changed()
+            or self._steps.changed()
+        )
 
     # Updates
 

@@ -13,6 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.utils import get_parameters_by_name, obs_as_tensor, polyak_update
 
 from sb3_scratch_dqn.engines.update import LastUpdate
+from sb3_scratch_dqn.engines.watch import why_hooked
 from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.replay.observations import map_observation
@@ -54,7 +55,11 @@ _KNOWN_PACKAGES = frozenset({"torch", "stable_baselines3", "sb3_scratch_dqn"})
 
 def _draws_nothing(policy: DQNPolicy) -> bool:
     """Whether networks are known to leave NumPy's random numbers to sampling, as augmentation of images may not."""
-    return all(type(module).__module__.partition(".")[0] in _KNOWN_PACKAGES for module in policy.q_net.modules())
+    return not any(
+        type(module).__module__.partition(".")[0] not in _KNOWN_PACKAGES or "forward" in vars(module)
+        for network in (policy.q_net, policy.q_net_target)
+        for module in network.modules()
+    ) and not (why_hooked(policy.q_net) or why_hooked(policy.q_net_target))
 
 
 def _has_no_way_of_its_own(adam: th.optim.Adam) -> bool:
@@ -101,9 +106,6 @@ class EagerEngine:
         self.policy = policy
         self.objective = objective
         self.last_update: LastUpdate | None = None
-        # Batch normalisation keeps running statistics, which averaging of parameters does not reach
-        self._statistics = get_parameters_by_name(policy.q_net, ["running_"])
-        self._target_statistics = get_parameters_by_name(policy.q_net_target, ["running_"])
 
     @staticmethod
     def why_not(policy: DQNPolicy, objective: Objective) -> str | None:
@@ -180,4 +182,7 @@ class EagerEngine:
         :param tau: how far; 1 copies the online network
         """
         polyak_update(self.policy.q_net.parameters(), self.policy.q_net_target.parameters(), tau)
-        polyak_update(self._statistics, self._target_statistics, 1.0)
+        if next(self.policy.q_net.buffers(), None) is not None:
+            # Batch normalisation keeps running statistics, which averaging of parameters does not reach
+            ours = get_parameters_by_name(self.policy.q_net, ["running_"])
+            polyak_update(ours, get_parameters_by_name(self.policy.q_net_target, ["running_"]), 1.0)

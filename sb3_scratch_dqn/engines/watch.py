@@ -100,6 +100,7 @@ class Watch:
             (vars(policy), "head", policy.head),
             (policy._modules, "q_net", policy.q_net),
             (policy._modules, "q_net_target", policy.q_net_target),
+            *((vars(one), "normalize_images", one.normalize_images) for one in (policy.q_net, policy.q_net_target)),
             *((one, name, value) for one in (*held, *more) for name, value in one.items()),
         ]
         # Columns, for loops that are not Python's: this is asked before each update
