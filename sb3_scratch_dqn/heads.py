@@ -39,6 +39,9 @@ def squared(prediction: th.Tensor, target: th.Tensor) -> th.Tensor:
 
 LOSSES: dict[str, Loss] = {"huber": huber, "mse": squared}
 
+# The means of these errors, in one operation instead of two; the same bits
+MEANS: dict[Loss, Loss] = {huber: F.smooth_l1_loss, squared: F.mse_loss}
+
 
 class ValueHead(Protocol):
     """The interface of a head.

@@ -17,8 +17,9 @@ from typing import NamedTuple, Protocol
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_scratch_dqn.heads import Loss, ValueHead
+from sb3_scratch_dqn.heads import MEANS, ExpectedHead, Loss, ValueHead
 from sb3_scratch_dqn.masks import masked_argmax, masked_log_softmax
+from sb3_scratch_dqn.overriding import replaced
 from sb3_scratch_dqn.replay.batch import Batch
 
 # Observations -> (B, A, K)
@@ -169,6 +170,33 @@ def make_target(objective: Objective, network: TargetNetwork, target_network: Ta
     return MunchausenTarget(target_network.target_outputs, selector, values, head, objective.munchausen)
 
 
+def predict(batch: Batch, network: Network, target_of: Target) -> tuple[th.Tensor, th.Tensor]:
+    """What the network says of a batch, and what it should have said.
+
+    :param batch: the transitions
+    :param network: the online network, which gets the gradient
+    :param target_of: says what it should have said; gets no gradient
+    :return: outputs for the actions taken, ``(B, K)``, and a target for the losses of the head
+    """
+    with th.no_grad():
+        target = target_of(batch)
+    return at_actions(network(batch.observations), batch.actions), target
+
+
+def mean_loss(outputs: th.Tensor, target: th.Tensor, head: ValueHead, loss: Loss) -> th.Tensor:
+    """The mean of the losses of the head, in as few operations as its kind allows; the same bits.
+
+    :param outputs: of the online network for the actions taken, ``(B, K)``
+    :param target: what they should have been
+    :param head: what they mean
+    :param loss: the elementwise error
+    """
+    mean = MEANS.get(loss)
+    if mean is None or replaced(head, ExpectedHead, "losses"):
+        return head.losses(outputs, target, loss)[0].mean()
+    return mean(outputs.squeeze(1), target)
+
+
 def td_losses(batch: Batch, network: Network, target_of: Target, head: ValueHead, loss: Loss) -> TDLosses:
     """Compare what the network says of a batch with what it should have said.
 
@@ -178,8 +206,6 @@ def td_losses(batch: Batch, network: Network, target_of: Target, head: ValueHead
     :param head: what the outputs of the network mean
     :param loss: the elementwise error
     """
-    with th.no_grad():
-        target = target_of(batch)
-    outputs = at_actions(network(batch.observations), batch.actions)
+    outputs, target = predict(batch, network, target_of)
     losses, priorities = head.losses(outputs, target, loss)
     return TDLosses(losses, priorities, outputs, target)

@@ -17,7 +17,7 @@ ALLOWED = {
     "search_space": set(),
     "overriding": set(),
     "replay": {"checks", "overriding"},
-    "td": {"heads", "masks", "replay"},
+    "td": {"heads", "masks", "overriding", "replay"},
     "networks": {"heads", "noisy"},
     "policies": {"checks", "heads", "masks", "networks", "noisy"},
     "engines": {"heads", "networks", "noisy", "overriding", "policies", "replay", "td"},

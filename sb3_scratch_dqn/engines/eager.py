@@ -17,7 +17,7 @@ from sb3_scratch_dqn.engines.watch import why_hooked
 from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.replay.observations import map_observation
-from sb3_scratch_dqn.td import Objective, make_target, td_losses
+from sb3_scratch_dqn.td import Objective, make_target, mean_loss, predict
 
 # Batches that are drawn in one go, and bytes of observations that they may have; more would save no more time
 _BATCHES_AT_ONCE = 16
@@ -129,7 +129,7 @@ class EagerEngine:
         """
         policy = self.policy
         policy.set_training_mode(True)
-        target = make_target(self.objective, policy.q_net, policy.q_net_target, policy.head)
+        target_of = make_target(self.objective, policy.q_net, policy.q_net_target, policy.head)
         parameters = list(policy.q_net.parameters())
         ahead = source.ahead and gradient_steps > 1 and _draws_nothing(policy)
         at_once = batches_at_once(policy.observation_space, source.batch_size) if ahead else 1
@@ -138,24 +138,30 @@ class EagerEngine:
             n_batches = min(at_once, gradient_steps - begin)
             for batch in source.draw(n_batches).split(n_batches):
                 with policy.noise():
-                    td = td_losses(batch, policy.q_net.outputs, target, policy.head, self.objective.loss)
-                loss = (batch.weights * td.losses if source.weighted else td.losses).mean()
+                    outputs, target = predict(batch, policy.q_net.outputs, target_of)
+                if source.weighted:
+                    each, priorities = policy.head.losses(outputs, target, self.objective.loss)
+                    loss = (batch.weights * each).mean()
+                else:
+                    loss = mean_loss(outputs, target, policy.head, self.objective.loss)
                 losses.append(loss.detach())
 
                 policy.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]  # PyTorch has no types for it
                 grad_norm = clip_gradients(parameters, max_grad_norm)
-                self._step()
-                source.give_back(batch, td.priorities)
-                self.last_update = LastUpdate(policy.head, td.outputs.detach(), td.target, grad_norm)
+                self._step(parameters[0].is_cpu)
+                if source.weighted:
+                    source.give_back(batch, priorities)
+                self.last_update = LastUpdate(policy.head, outputs.detach(), target, grad_norm)
         if len(losses) == 1:
             return [losses[0].item()]
         # One wait for the device, not one an update
         return th.stack(losses).tolist() if losses else []
 
-    def _step(self) -> None:
+    def _step(self, on_cpu: bool) -> None:
+        """Update the parameters; ``on_cpu`` says whether they lie there."""
         optimizer = self.policy.optimizer
-        if type(optimizer) is th.optim.Adam and self.policy.device.type == "cpu" and _has_no_way_of_its_own(optimizer):
+        if type(optimizer) is th.optim.Adam and on_cpu and _has_no_way_of_its_own(optimizer):
             step_by("foreach", optimizer)
         else:
             optimizer.step()

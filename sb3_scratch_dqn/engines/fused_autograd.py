@@ -68,7 +68,7 @@ class FusedAutogradEngine(EagerEngine):
         finally:
             del network.image_format  # the eager engine's numbers are those of the other way
 
-    def _step(self) -> None:
+    def _step(self, on_cpu: bool) -> None:
         adam = self.policy.optimizer
         assert isinstance(adam, th.optim.Adam)
         step_by("fused", adam)

@@ -309,7 +309,7 @@ class BatchSource:
     :param give_back: takes the priorities of the transitions of one batch, ``(B,)``
     :param ahead: whether ``draw`` can be asked for more than one batch at a time, before any priorities are known
     :param batch_size: transitions of one batch
-    :param weighted: whether weights of losses may be other than 1
+    :param weighted: whether weights of losses may be other than 1, and priorities are asked for
     :param plain: the buffer, if all that ``draw`` does is to sample from it in the known way, with the discount
         ``gamma``, so that somebody else may do it elsewhere
     :param gamma: discount of one step
