@@ -265,7 +265,14 @@ def test_folding_steps_needs_a_buffer_that_can():
     [
         ({"net_arch": "abc"}, r"net_arch='abc' must be a list of whole numbers"),
         ({"net_arch": [64, 0]}, r"net_arch=\[64, 0\] must be a list of whole numbers"),
-        ({"activation_fn": "relu"}, r"activation_fn='relu' must be a subclass of torch.nn.modules.module.Module"),
+        ({"activation_fn": "relu"}, r"activation_fn='relu' must be a subclass of torch.nn.Module, or a function"),
+        ({"activation_fn": th.relu}, r"activation_fn=.*relu.* must be a subclass of torch.nn.Module, or a function"),
+        ({"activation_fn": lambda: th.relu}, "must be a subclass of torch.nn.Module, or a function"),
+        (
+            {"activation_fn": th.nn.ReLU()},
+            r"activation_fn=ReLU\(\) must be a subclass of torch.nn.Module, or a function",
+        ),
+        ({"activation_fn": dict}, "must be a subclass of torch.nn.modules.module.Module"),
     ],
 )
 def test_a_network_that_cannot_be_built_is_refused(kwargs, right):
