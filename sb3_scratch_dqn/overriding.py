@@ -9,4 +9,6 @@ def replaced(instance: object, base: type, *names: str) -> bool:
     :param names: of the methods
     """
     own, kind = vars(instance), type(instance)
+    if kind is base:
+        return not own.keys().isdisjoint(names)
     return any(name in own or getattr(kind, name) is not getattr(base, name) for name in names)

@@ -15,7 +15,7 @@ import torch as th
 from torch import nn
 
 from sb3_scratch_dqn.engines.products import both
-from sb3_scratch_dqn.engines.watch import Watch, has_own_way, why_no_plain_steps
+from sb3_scratch_dqn.engines.watch import Watch, have_own_way, why_no_plain_steps
 from sb3_scratch_dqn.policies import DQNPolicy
 
 # Steps between looks for averages that are too small to matter, and how small that is: in so many steps, at Adam's
@@ -40,11 +40,11 @@ def why_no_adam(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter
     if len(optimizer.param_groups) != 1:
         return f"the optimizer has {len(optimizer.param_groups)} groups of parameters instead of one"
     (group,) = optimizer.param_groups
-    if [id(one) for one in group["params"]] != [id(one) for one in parameters]:
+    if list(map(id, group["params"])) != list(map(id, parameters)):
         return "the optimizer trains other parameters than those of the online network"
-    for name in _UNKNOWN_SETTINGS:
-        if group.get(name):
-            return f"Adam has {name}={group[name]!r}"
+    if any(map(group.get, _UNKNOWN_SETTINGS)):
+        name = next(filter(group.get, _UNKNOWN_SETTINGS))
+        return f"Adam has {name}={group[name]!r}"
     if isinstance(group["lr"], th.Tensor):
         return "the learning rate of the optimizer is a tensor"
     return why_no_plain_steps(optimizer)
@@ -72,8 +72,8 @@ class FlatParameters:
         """See what others may have written since the last steps, and where they want to see gradients."""
         self._show_gradients()
         # All counts differ from the first where somebody trained a part of the network alone, or reset its averages
-        together = bool((self._steps.array == self._steps.array[0]).all())
-        self._adam_arguments = self._in_one_piece if together else self._in_parts
+        steps = self._steps.array.tolist()  # of so few numbers NumPy would take several times as long to tell
+        self._adam_arguments = self._in_one_piece if steps.count(steps[0]) == len(steps) else self._in_parts
 
     def _show_gradients(self) -> None:
         """Let the parameters have these gradients, as they have them after autograd."""
@@ -124,7 +124,7 @@ class FlatParameters:
             or not all(map(is_, self._state.values(), self._states))
             or self._watch.changed()
             or why_no_adam(optimizer, self._online) is not None
-            or any(map(has_own_way, self._online))
+            or have_own_way(self._online)
         )
 
     def adam_step(self) -> None:

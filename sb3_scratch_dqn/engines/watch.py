@@ -4,8 +4,8 @@ An engine that knows where things lie must look whether they still lie there. Wh
 not be noticed.
 """
 
-from collections.abc import Iterable, Sized
-from operator import is_
+from collections.abc import Iterable, Sequence, Sized
+from operator import attrgetter, is_
 from typing import Any
 
 import torch as th
@@ -37,6 +37,10 @@ _HOOKS_OF_ALL_OPTIMIZERS: tuple[Sized, ...] = (
     all_optimizers._global_optimizer_post_hooks,
 )
 
+# Called for each parameter before each update
+_requires_grad = attrgetter("requires_grad")
+_hooks_of_tensor = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+
 
 def is_patched(instance: object) -> bool:
     """Whether somebody patched a method of this network or head."""
@@ -65,12 +69,12 @@ def why_hooked(network: nn.Module) -> str | None:
 
 def has_hooks(parameter: th.Tensor) -> bool:
     """Whether somebody hung up hooks for the gradient of a parameter, which only autograd heeds."""
-    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return any(_hooks_of_tensor(parameter))
 
 
-def has_own_way(parameter: th.Tensor) -> bool:
-    """Whether somebody froze a parameter, or hung up hooks for its gradient."""
-    return not parameter.requires_grad or has_hooks(parameter)
+def have_own_way(parameters: Sequence[th.Tensor]) -> bool:
+    """Whether somebody froze one of these parameters, or hung up hooks for its gradient."""
+    return not all(map(_requires_grad, parameters)) or any(map(any, map(_hooks_of_tensor, parameters)))
 
 
 def why_no_plain_steps(optimizer: th.optim.Optimizer) -> str | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -374,7 +375,7 @@ def _is_plain(buffer: ScratchReplayBuffer) -> bool:
         and type(store) is Store
         and type(store.keeper) in _PLAIN_KEEPERS
         # A method that was patched
-        and not any(callable(value) for one in (buffer, sampler, store, store.keeper) for value in vars(one).values())
+        and not any(map(callable, chain(*(vars(one).values() for one in (buffer, sampler, store, store.keeper)))))
     )
 
 
