@@ -215,7 +215,7 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         if self._stores_plainly and not ended:
             # SB3 copies the observations, into which it writes those that episodes ended with; here are none, and the
             # buffer makes copies of its own
-            replay_buffer.add(self._last_obs, new_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]
+            replay_buffer.add(self._last_obs, new_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]  # dicts too
             self._last_original_obs, self._last_obs = self._last_obs, new_obs
         else:
             super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)

@@ -272,6 +272,7 @@ def test_folding_steps_needs_a_buffer_that_can():
             {"activation_fn": th.nn.ReLU()},
             r"activation_fn=ReLU\(\) must be a subclass of torch.nn.Module, or a function",
         ),
+        ({"activation_fn": 3}, "activation_fn=3 must be a subclass of torch.nn.Module, or a function"),
         ({"activation_fn": dict}, "must be a subclass of torch.nn.modules.module.Module"),
     ],
 )

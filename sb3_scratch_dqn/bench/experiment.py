@@ -90,8 +90,8 @@ class Evaluate(BaseCallback):
             self.steps[len(self.curve["steps"])],
             round(now - self._begin, 3),
             round(cpu_now - self._cpu_begin, 3),
-            [round(float(one), 6) for one in returns],  # type: ignore[union-attr]
-            [int(one) for one in lengths],  # type: ignore[union-attr]
+            [round(float(one), 6) for one in returns],  # type: ignore[union-attr]  # a list, as one of each episode was asked for
+            [int(one) for one in lengths],  # type: ignore[union-attr]  # likewise
             self.num_timesteps,
         )
         for column, value in zip(self.curve.values(), values, strict=True):

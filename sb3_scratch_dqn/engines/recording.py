@@ -41,7 +41,7 @@ class Recorder:
         on_cuda = device.type == "cuda"
         self.warm_ups = _WARM_UPS if on_cuda else 0
         # Autograd remembers on which stream it first met a parameter, so there is one for running and for recording
-        self._stream = th.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
+        self._stream = th.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]  # PyTorch has no types for it
 
     def record(self, function: Function, state: State, warm_up: Function | None = None) -> Function:
         """Record a function.
