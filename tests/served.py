@@ -1,7 +1,6 @@
 """Configurations that the fused engine serves by hand, and what its tests share."""
 
 import numpy as np
-import torch as th
 from gymnasium import spaces
 from helpers import ImageEnv, TimeoutEnv, normalized
 from stable_baselines3.common.env_util import make_vec_env
@@ -118,16 +117,3 @@ def make(name, engine, **more):
     settings = {**SETTINGS, **settings, **more}
     policy = "MultiInputPolicy" if make_env is VectorsEnv else "MlpPolicy"
     return ScratchDQN(policy, make_env(), engine=engine, policy_kwargs=policy_kwargs, **settings)
-
-
-def distance(model, other):
-    """The largest difference of two parameters."""
-    pairs = zip(model.policy.parameters(), other.policy.parameters(), strict=True)
-    return max((one - another).abs().max().item() for one, another in pairs)
-
-
-def assert_close(model, other, bound=2e-5):
-    assert distance(model, other) < bound
-    for one, another in zip(model.policy.optimizer.state.values(), other.policy.optimizer.state.values(), strict=True):
-        assert one["step"] == another["step"]
-        th.testing.assert_close(one["exp_avg"], another["exp_avg"], rtol=1e-2, atol=1e-4)

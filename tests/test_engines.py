@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import DictEnv, TimeoutEnv, assert_equal
-from served import SERVED, SETTINGS, LargerImageEnv, assert_close, distance, make
+from recorded import assert_close, distance
+from served import SERVED, SETTINGS, LargerImageEnv, make
 from torch import nn
 
 from sb3_scratch_dqn import DQNPolicy, ScratchDQN

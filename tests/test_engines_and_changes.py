@@ -17,7 +17,8 @@ from changes import (
 )
 from gymnasium import spaces
 from helpers import TimeoutEnv, assert_equal
-from served import SETTINGS, LargerImageEnv, assert_close, make, net
+from recorded import assert_close
+from served import SETTINGS, LargerImageEnv, make, net
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
