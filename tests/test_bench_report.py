@@ -296,6 +296,12 @@ def test_the_commands_that_make_the_runs_are_told(tmp_path):
     assert expected in report(tmp_path)
 
 
+def test_the_commands_begin_at_the_first_seed(tmp_path):
+    for seed in (100, 101):
+        put(tmp_path, known_run("dqn", "One-v0", seed, 100, np.random.default_rng(0)))
+    assert "--algos dqn --envs One-v0 --first-seed 100 --seeds 2 -n 200" in report(tmp_path)
+
+
 def test_figures_of_speed_are_kept_and_shown(tmp_path):
     put_all(tmp_path, {"dqn": 100}, n_seeds=1)
     rounds = [speed_results.Round(1.0, 0.1), speed_results.Round(2.0, 0.2)]

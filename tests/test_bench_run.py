@@ -262,6 +262,13 @@ def test_the_same_settings_for_all(tmp_path, same):
     assert settings[0].get("double_q", False) == (same != "dqn")
 
 
+def test_seeds_follow_the_first_one():
+    plan = make_plan(["dqn", "scratch_dqn"], ["CartPole-v1"], 2, n_timesteps=400, first_seed=100)
+    assert [(run.algo, run.seed) for run in plan] == [
+        *(("dqn", 100), ("scratch_dqn", 100), ("dqn", 101), ("scratch_dqn", 101)),
+    ]
+
+
 def test_an_algorithm_of_another_kind_takes_part(tmp_path):
     arguments = ["--algos", "ppo", "--envs", "CartPole-v1", "--seeds", "1", *SMALL, "--out", str(tmp_path)]
     main(["run", *arguments])
@@ -297,6 +304,7 @@ def test_folders_are_named_after_algorithm_and_settings():
             "--envs 'CartPoll-v1' is not registered; did you mean 'CartPole-v1'",
         ),
         (["--algos", "dqn", "--envs", "CartPole-v1", "--seeds", "0"], "--seeds: '0' must be a whole number"),
+        (["--algos", "dqn", "--envs", "CartPole-v1", "--first-seed", "-1"], "must be a whole number of at least 0"),
         (["--algos", "dqn", "--envs", "CartPole-v1", "--seeds", "inf"], "--seeds: 'inf' must be a whole number"),
         (["--algos", "dqn", "--envs", "CartPole-v1", "--seeds", "abc"], "--seeds: 'abc' must be a whole number"),
         (["--algos", "dqn", "--envs", "CartPole-v1", "-n", "400.9"], "--n-timesteps: '400.9' must be a whole number"),

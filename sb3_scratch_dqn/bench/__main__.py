@@ -54,7 +54,10 @@ def _add_run(commands: Any) -> None:
         help="names of the Zoo, and behind a colon a settings file or preset, as --conf-file takes it",
     )
     parser.add_argument("--envs", nargs="+", required=True, metavar="ENV", help="names of environments")
-    parser.add_argument("--seeds", type=_positive, default=10, metavar="N", help="seeds 0 to N - 1 (default: 10)")
+    parser.add_argument("--seeds", type=_positive, default=10, metavar="N", help="how many seeds (default: 10)")
+    parser.add_argument(
+        "--first-seed", type=_whole, default=0, metavar="N", help="the lowest of these seeds (default: 0)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the files of the runs go")
     parser.add_argument(
         "-n", "--n-timesteps", type=_positive, metavar="N", help="steps of every run (default: what its settings say)"
@@ -88,6 +91,7 @@ def _run(options: argparse.Namespace) -> None:
         options.device,
         options.same_settings,
         options.gym_packages,
+        options.first_seed,
     )
     try:
         results = run_all(plan, options.out, options.backend, options.address, options.jobs, options.retry_failed)
@@ -195,12 +199,16 @@ def _replay(options: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
+    return _whole(text, minimum=1)
+
+
+def _whole(text: str, minimum: int = 0) -> int:
     try:
         number = float(text)  # 1e5 is one too
     except ValueError:
-        number = 0.0
-    if number < 1 or not number.is_integer():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+        number = -1.0
+    if number < minimum or not number.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {minimum}")
     return int(number)
 
 

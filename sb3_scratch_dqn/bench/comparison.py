@@ -205,14 +205,14 @@ def commands(comparison: Comparison) -> list[str]:
     """
     envs_of: dict[tuple[str, str], list[str]] = {}
     for env in comparison.envs:
-        algos_of: dict[int, list[str]] = {}
+        algos_of: dict[tuple[int, int], list[str]] = {}
         for algo in comparison.algos:
             seeds = [result.seed for result in comparison.results if (result.env, result.algo) == (env, algo)]
             if seeds:
-                algos_of.setdefault(max(seeds) + 1, []).append(algo)
+                algos_of.setdefault((min(seeds), max(seeds) + 1), []).append(algo)
         settings = next(result.settings for result in comparison.results if result.env == env)
-        for seeds_needed, algos in algos_of.items():
-            options = _options(settings, seeds_needed)
+        for (first_seed, end), algos in algos_of.items():
+            options = _options(settings, first_seed, end - first_seed)
             envs_of.setdefault((" ".join(algos), options), []).append(env)
     return [
         f"python -m sb3_scratch_dqn.bench run --algos {algos} --envs {' '.join(envs)} {options} --out results"
@@ -220,8 +220,9 @@ def commands(comparison: Comparison) -> list[str]:
     ]
 
 
-def _options(settings: dict[str, Any], seeds: int) -> str:
-    options = [f"--seeds {seeds} -n {settings['n_timesteps']}"]
+def _options(settings: dict[str, Any], first_seed: int, seeds: int) -> str:
+    options = [f"--first-seed {first_seed}"] if first_seed else []
+    options.append(f"--seeds {seeds} -n {settings['n_timesteps']}")
     options.append(f"--evaluations {settings['n_evaluations']} --eval-episodes {settings['eval_episodes']}")
     if settings["same_settings"]:
         options.append(f"--same-settings {settings['same_settings']}")

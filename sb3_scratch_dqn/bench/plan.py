@@ -187,18 +187,20 @@ def make_plan(
     device: str = "cpu",
     same_settings: str | None = None,
     gym_packages: Iterable[str] = (),
+    first_seed: int = 0,
 ) -> list[Run]:
     """Every algorithm in every environment with every seed, looked at before anything is trained.
 
     :param algos: as on the command line
     :param envs: names of environments
-    :param seeds: how many; they are 0, 1, 2 ...
+    :param seeds: how many
     :param n_timesteps: of every run; ``None`` for what the settings say
     :param n_evaluations: evaluations of every run, after the one before training
     :param eval_episodes: episodes of each
     :param device: where to train
     :param same_settings: the algorithm whose settings all have; ``None`` for their own
     :param gym_packages: modules that register environments
+    :param first_seed: the lowest seed; the others follow it
     :return: the runs, those with the same seed beside each other
     :raises ValueError: if something is unknown, or cannot be compared
     """
@@ -240,7 +242,7 @@ def make_plan(
             raise ValueError(f"--evaluations {n_evaluations} must be at most the {n_steps} steps of a run")
         plan += [
             Run(algo, env, seed, n_steps, n_evaluations, eval_episodes, device, same_settings, tuple(gym_packages))
-            for seed in range(seeds)
+            for seed in range(first_seed, first_seed + seeds)
             for algo in algos
         ]
     return plan
