@@ -1,5 +1,6 @@
 """How actions are chosen: greedily, or at random with probability epsilon, and only among those that are allowed."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -8,18 +9,16 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_scratch_dqn.checked_algorithm import CheckedOffPolicyAlgorithm
+from sb3_scratch_dqn.checks import check_observation
 from sb3_scratch_dqn.exploration import Actions, Envs, epsilon_greedy, make_epsilon_schedule
-from sb3_scratch_dqn.masks import (
-    Masks,
-    check_masks,
-    has_masks,
-    masks_of_next_states,
-    read_masks,
-)
+from sb3_scratch_dqn.finite import check_observations, check_rewards
+from sb3_scratch_dqn.interrupts import Interrupts
+from sb3_scratch_dqn.masks import Masks, check_masks, find_masks, masks_of_next_states
 from sb3_scratch_dqn.overriding import replaced
 from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.observations import Array, Observation
+from sb3_scratch_dqn.support import SupportWatch
 
 
 class GreedyActor(Protocol):
@@ -46,10 +45,16 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
     _env_steps: int  # over all calls of learn()
     _episodes_finished: int  # since learn() last set the counters back
     _episodes_ended_now: int  # by the last call of env.step()
-    _masks: Masks | None = None  # of the states that the environments are in; None if they have no masks
+    _read_masks: Callable[[], Masks] | None = None  # of the environments; None if they have no masks
+    _masks: Masks | None = None  # of the states that the environments are in
     _act: GreedyActor | None = None
     _stores_plainly: bool = False
     _looked_at_engine: bool = False  # and nobody could have changed anything since that acting depends on
+    _in_step: bool = False  # the environments may be ahead of the last observation
+    _is_reference: bool = False  # trains exactly as SB3's DQN does
+    _checks_finite: bool = True
+    _support: SupportWatch | None = None
+    _interrupts = Interrupts()  # while training, those of learn()
 
     def predict(
         self,
@@ -71,6 +76,7 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         """
         if isinstance(observation, tuple):  # a mistake that the policy explains
             return self.policy.predict(observation, state, episode_start, deterministic)
+        check_observation(observation, self.observation_space)
         if not isinstance(observation, dict):
             observation = np.asarray(observation)
         masks = None
@@ -144,12 +150,13 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         self.logger.record("rollout/exploration_rate", self.exploration_rate)
 
     def _find_masks(self) -> None:
-        """See whether the environments have masks.
+        """See whether the environments, which have been reset, have masks.
 
-        :raises ValueError: if they answer something else than masks
+        :raises ValueError: if what they give is no mask
         """
         assert self.env is not None
-        self._masks = read_masks(self.env, self._n_actions) if has_masks(self.env) else None
+        self._read_masks = find_masks(self.env, self._n_actions)
+        self._masks = None if self._read_masks is None else self._read_masks()
 
     def _greedy_actor(self) -> GreedyActor | None:
         """A short cut to greedy actions, past :meth:`predict`; ``None`` if there is none.
@@ -193,6 +200,27 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
             )
         return actions, actions
 
+    def _check_finite(self, new_obs: Observation, rewards: Array, infos: Sequence[dict[str, Any]]) -> None:
+        """Refuse what the environments gave if some of it is no finite number.
+
+        :param new_obs: ``(n_envs, ...)``
+        :param rewards: ``(n_envs,)``
+        :param infos: those of environments whose episode ended are looked into
+        """
+        if self._vec_normalize_env is not None:  # replay keeps what it was before
+            new_obs, rewards = self._vec_normalize_env.get_original_obs(), self._vec_normalize_env.get_original_reward()
+        check_rewards(rewards, self.num_timesteps)
+        check_observations(new_obs, self.num_timesteps)
+        for env, info in enumerate(infos):
+            if "terminal_observation" in info:
+                check_observations(info["terminal_observation"], self.num_timesteps, env)
+
+    def _check_first_observations(self) -> None:
+        """Refuse what the environments gave when they were reset if it is not finite."""
+        first = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
+        assert first is not None
+        check_observations(first, self.num_timesteps)
+
     def _store_transition(
         self,
         replay_buffer: ReplayBuffer,
@@ -203,9 +231,11 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         ended = any(dones)
+        if self._checks_finite:
+            self._check_finite(new_obs, reward, infos if ended else ())
         if self._masks is not None:
-            assert self.env is not None
-            masks_now = read_masks(self.env, self._n_actions)
+            assert self._read_masks is not None
+            masks_now = self._read_masks()
             next_masks = masks_of_next_states(masks_now, dones, infos)
             infos = [
                 {**info, "action_masks": mask, "next_action_masks": next_mask}
@@ -219,5 +249,7 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
             self._last_original_obs, self._last_obs = self._last_obs, new_obs
         else:
             super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        if self._support is not None:
+            self._support.step(reward, dones, self.gamma)
         self._episodes_ended_now = int(np.count_nonzero(dones)) if ended else 0
         self._episodes_finished += self._episodes_ended_now

@@ -3,7 +3,10 @@
 SB3 loads what it is given and fails half-way, with some of it in place. Here nothing changes unless all of it fits.
 """
 
+import io
+import json
 import pickle
+import zipfile
 from collections.abc import Iterable
 from copy import deepcopy
 from inspect import signature
@@ -14,10 +17,11 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.save_util import data_to_json, load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_scratch_dqn.checks import check_same_spaces
+from sb3_scratch_dqn.checks import check_device, check_same_spaces
 from sb3_scratch_dqn.files import (
     Path,
     check_saved_by,
@@ -28,6 +32,7 @@ from sb3_scratch_dqn.files import (
 )
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay_files import is_replay_archive, read_replay_archive, write_replay_buffer
+from sb3_scratch_dqn.wrappers import plain_names, wrapped_names
 
 Self = TypeVar("Self", bound="CheckedOffPolicyAlgorithm")
 
@@ -65,18 +70,39 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: if objects are missing or unknown, or the file is no model
         :raises RuntimeError: if names or shapes of parameters differ
         """
-        before: dict[str, Any] = deepcopy(self.get_parameters())
+        before = deepcopy(self.get_parameters())
+        given: Any = load_path_or_dict
         if not isinstance(load_path_or_dict, dict):
             read_model_settings(load_path_or_dict)
-        elif not load_path_or_dict.keys() <= before.keys():
-            unknown = sorted(load_path_or_dict.keys() - before.keys())
+            _, given, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+        unknown = sorted(map(str, given.keys() - before.keys()))
+        if unknown:
             raise ValueError(f"parameters of {', '.join(unknown)} were given, but must be of {', '.join(before)}")
+        missing = sorted(before.keys() - given.keys())
+        if missing and exact_match:
+            raise ValueError(f"parameters of {', '.join(missing)} are missing: pass exact_match=False to keep them")
+        # load_state_dict() of optimisers adds to their defaults, so that these do not say what a group must have
+        needed = [set(group) for group in self.policy.optimizer.param_groups]
         try:
-            super().set_parameters(load_path_or_dict, exact_match, device)
-            _check_optimizer_state(self.policy.optimizer)
+            self._load_parameters(given, exact_match)
+            _check_optimizer_state(self.policy.optimizer, needed)
         except Exception:
-            super().set_parameters(before)
+            self._load_parameters(before, exact_match=True)
             raise
+
+    def _load_parameters(self, parameters: dict[str, Any], exact_match: bool) -> None:
+        if "policy" in parameters:
+            self.policy.load_state_dict(wrapped_names(parameters["policy"], self.policy), strict=exact_match)
+        if "policy.optimizer" in parameters:
+            self.policy.optimizer.load_state_dict(parameters["policy.optimizer"])
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """Return the parameters of the networks and the state of the optimiser, by the names of both.
+
+        Names are those without wrappers such as ``torch.compile``.
+        """
+        parameters: dict[str, dict[str, Any]] = super().get_parameters()
+        return {**parameters, "policy": plain_names(parameters["policy"], self.policy)}
 
     @classmethod
     def load(
@@ -102,6 +128,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: if the file is not a whole model of this algorithm, ``env`` has other spaces than it, or a
             setting is unknown
         """
+        check_device(device)
         saved = read_model_settings(path)
         check_saved_by(cls.__name__, path, saved, cls.own_settings)
         if env is not None:
@@ -111,8 +138,11 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         unknown = sorted(kwargs.keys() - saved.keys() - signature(cls).parameters.keys())
         if unknown:
             raise ValueError(f"{unknown[0]}={kwargs[unknown[0]]!r} is no setting of {cls.__name__}")
+        # What save(exclude=...) left out gets its default from __init__, but for these, which SB3 reads before
+        missing = {name: value for name, value in _READ_FIRST.items() if name not in saved}
+        source = _with_settings(path, missing) if missing else path
         try:
-            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            return super().load(source, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         except (pickle.UnpicklingError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"path={path!r} is a damaged model file: {reason}") from error
@@ -182,14 +212,35 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
 
 _FIRST_BYTE_OF_PICKLES = b"\x80"
 
+# Settings that SB3's load() takes from the file, and their defaults
+_READ_FIRST: dict[str, Any] = {"verbose": 0, "policy_kwargs": {}}
+
+
+def _with_settings(path: Path, more: dict[str, Any]) -> io.BytesIO:
+    """Copy a model file, which was looked at, with more settings in it."""
+    copy = io.BytesIO()
+    with opened(path, ".zip") as file, zipfile.ZipFile(file) as source, zipfile.ZipFile(copy, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name == "data":
+                content = json.dumps({**json.loads(content), **json.loads(data_to_json(more))}).encode()
+            target.writestr(name, content)
+    copy.seek(0)
+    return copy
+
+
 # What optimisers keep in the shape of a parameter, by the names that PyTorch's give it
 _SHAPED_AS_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum")
 
 
-def _check_optimizer_state(optimizer: th.optim.Optimizer) -> None:
-    """Refuse the state of another optimiser, which PyTorch's ``load_state_dict`` takes and its ``step`` falls over."""
-    for group in optimizer.param_groups:
-        missing = sorted(optimizer.defaults.keys() - group.keys())
+def _check_optimizer_state(optimizer: th.optim.Optimizer, needed: list[set[str]]) -> None:
+    """Refuse the state of another optimiser, which PyTorch's ``load_state_dict`` takes and its ``step`` falls over.
+
+    :param optimizer: with its new state
+    :param needed: names that its groups of parameters had before
+    """
+    for group, names in zip(optimizer.param_groups, needed, strict=True):
+        missing = sorted(names - group.keys())
         if missing:
             raise ValueError(
                 f"policy.optimizer is a {type(optimizer).__name__}, but its new state has no {missing[0]!r}"

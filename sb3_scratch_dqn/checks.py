@@ -4,14 +4,17 @@ Every error is a :class:`ValueError` of one sentence that names the argument, it
 """
 
 import math
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable, Collection, Mapping
 from inspect import Parameter, signature
 from numbers import Integral, Real
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import TrainFreq
 from torch import nn
 
@@ -20,10 +23,15 @@ Space = spaces.Space[Any]
 FREQUENCY_UNITS = ("step", "episode")
 
 
-def check_count(name: str, value: Any, minimum: int = 1) -> None:
-    """Refuse what is not a whole number of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+def check_count(name: str, value: Any, minimum: int = 1) -> int:
+    """Refuse what is not a whole number of at least ``minimum``; 1e4 is one.
+
+    :return: the number as an ``int``
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value != int(value) or value < minimum:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {minimum}")
+    return int(value)
 
 
 def check_fraction(name: str, value: Any) -> None:
@@ -84,6 +92,27 @@ def check_subclass(name: str, value: Any, base: type) -> None:
         raise ValueError(f"{name}={value!r} must be a subclass of {base.__module__}.{base.__name__}")
 
 
+def check_callback(value: Any) -> None:
+    """Refuse what is neither a callback of SB3, nor a function, nor a list of these."""
+    if isinstance(value, list):
+        for one in value:
+            check_callback(one)
+    elif value is not None and not isinstance(value, BaseCallback) and not callable(value):
+        raise ValueError(f"callback={value!r} must be None, a BaseCallback, a function, or a list of these")
+
+
+def check_folder(name: str, value: Any) -> None:
+    """Refuse what is neither ``None`` nor a path."""
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name}={value!r} must be None or the path of a folder")
+
+
+def check_dict(name: str, value: Any) -> None:
+    """Refuse what is not a dict."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} must be a dict")
+
+
 def check_flag(name: str, value: Any) -> None:
     """Refuse what is neither true nor false."""
     if not isinstance(value, bool | np.bool_):
@@ -101,8 +130,7 @@ def check_arguments(
     :param refused: arguments that it takes from elsewhere
     :param more: what may be there besides its arguments
     """
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}={value!r} must be a dict")
+    check_dict(name, value)
     parameters = signature(function).parameters
     if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
@@ -110,6 +138,50 @@ def check_arguments(
     for key in value:
         if key not in known:
             raise ValueError(f"{name}={value!r} has the unknown name {key!r}: choose from {', '.join(known)}")
+
+
+def check_factory(name: str, value: Any, base: type) -> None:
+    """Refuse what is neither a class derived from ``base`` nor a function."""
+    if isinstance(value, type) or not callable(value):
+        check_subclass(name, value, base)
+
+
+def read_numbers(name: str, value: Any) -> npt.NDArray[Any]:
+    """Make an array of numbers, or of truth values.
+
+    :raises ValueError: for strings, objects, complex numbers and lists of different lengths
+    """
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be an array of numbers, but is none: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} has dtype {array.dtype}, but must have one of real numbers")
+    return array
+
+
+def check_observation(observation: Any, space: Space) -> None:
+    """Refuse what is no observation of a space; its shape is looked at by SB3.
+
+    :param observation: an array, or a dict of arrays, of one observation or several
+    :param space: that it should be of
+    :raises ValueError: naming what is wrong
+    """
+    if isinstance(space, spaces.Dict):
+        if not isinstance(observation, Mapping) or observation.keys() != space.spaces.keys():
+            told = list(observation) if isinstance(observation, Mapping) else f"a {type(observation).__name__}"
+            raise ValueError(f"observation is {told}, but must be a dict with the keys {', '.join(space.spaces)}")
+        for key, part in observation.items():
+            _check_numbers(f"observation[{key!r}]", part)
+    elif isinstance(observation, Mapping):
+        raise ValueError(f"observation is a dict, but must be an array of {space}")
+    else:
+        _check_numbers("observation", observation)
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    if not (isinstance(value, np.ndarray) and value.dtype.kind in "biuf"):
+        read_numbers(name, value)
 
 
 def check_net_arch(value: Any) -> None:
@@ -131,22 +203,53 @@ def check_seed(value: Any) -> None:
 
 def check_device(value: Any) -> None:
     """Refuse what names no device of PyTorch."""
-    if value == "auto" or isinstance(value, th.device):
+    if isinstance(value, str) and value == "auto":
         return
     try:
-        th.device(value)
+        device = th.device(value)
     except (RuntimeError, TypeError):
         raise ValueError(f"device={value!r} must be 'auto' or a device of PyTorch, such as 'cpu' or 'cuda:0'") from None
+    # Where there is no GPU at all, SB3 takes the CPU for "cuda", and so for the first one
+    n_gpus = max(th.cuda.device_count(), 1)
+    if device.type == "cuda" and device.index is not None and device.index >= n_gpus:
+        raise ValueError(f"device={value!r} must be 'cuda:0' to 'cuda:{n_gpus - 1}', or 'auto', on this machine")
 
 
-def check_learning_rate(value: Any) -> None:
-    """Refuse what is neither a function nor a number of at least 0."""
+# Points of the training at which schedules are tried: the remaining progress
+_TRIED_PROGRESS = (1.0, 0.0, 0.25, 0.5, 0.75)
+
+
+def check_schedule(name: str, schedule: Callable[[float], Any], check: Callable[[str, Any], Any]) -> None:
+    """Refuse a schedule that gives what cannot be.
+
+    :param name: of the argument
+    :param schedule: a function of the remaining progress, from 1 to 0
+    :param check: refuses a value, given its name and itself
+    """
+    for progress in _TRIED_PROGRESS:
+        try:
+            value = schedule(progress)
+        except Exception as error:  # whatever a function of users does
+            raise ValueError(
+                f"{name}={schedule!r} must be a function of the remaining progress (1 to 0), "
+                f"but {name}({progress}) raises {type(error).__name__}: {error}"
+            ) from error
+        check(f"{name}({progress})", value)
+
+
+def check_learning_rate(name: str, value: Any) -> Any:
+    """Refuse what is neither a number of at least 0 nor a function that gives such numbers.
+
+    :return: the function, or the number as a ``float``
+    """
     if callable(value):
-        return
+        check_schedule(name, value, check_not_negative)
+        return value
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
         raise ValueError(
-            f"learning_rate={value!r} must be a number of at least 0, or a function of the remaining progress (1 to 0)"
+            f"{name}={value!r} must be a number of at least 0, or a function of the remaining progress (1 to 0)"
         )
+    return float(value)
 
 
 def check_duration(value: Any) -> None:
@@ -166,14 +269,14 @@ def parse_frequency(name: str, value: Any) -> tuple[int, str]:
     unit: Any
     frequency, unit = value if isinstance(value, list | tuple) and len(value) == 2 else (value, "step")
     try:
-        check_count(name, frequency)
+        frequency = check_count(name, frequency)
         check_choice(name, unit, FREQUENCY_UNITS)
     except ValueError:
         raise ValueError(
             f"{name}={value!r} must be a whole number of at least 1 (steps), "
             'or such a number and its unit, as in (4, "step") or (1, "episode")'
         ) from None
-    return int(frequency), unit
+    return frequency, unit
 
 
 def check_buffer_holds_batch(buffer_size: int, batch_size: int) -> None:

@@ -25,8 +25,10 @@ from sb3_scratch_dqn.heads import ExpectedHead
 from sb3_scratch_dqn.policies import NETWORK_SETTINGS, DQNPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.frames import StackedFrames
-from sb3_scratch_dqn.replay.samplers import SAMPLER_SETTINGS, UniformSampler
+from sb3_scratch_dqn.replay.samplers import SAMPLER_SETTINGS
 from sb3_scratch_dqn.replay.stores import Store
+from sb3_scratch_dqn.settings import extras
+from sb3_scratch_dqn.wrappers import plain_names
 
 if TYPE_CHECKING:
     from stable_baselines3.dqn import DQN
@@ -53,15 +55,6 @@ _SHARED = {"env", "_vec_normalize_env", "_logger", "device", "learning_rate"}
 
 # The buffers that ScratchReplayBuffer stands for
 PLAIN_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
-
-# What ScratchDQN has on top, and the values with which it learns as SB3's DQN
-_PLAIN_SETTINGS = {
-    "loss": "huber",
-    "exploration_schedule": "linear",
-    "exploration_steps": None,
-    "double_q": False,
-    "munchausen": False,
-}
 
 # What a conversion takes from the model and its replay, and so cannot be told
 _NOT_SETTABLE = {
@@ -147,20 +140,13 @@ def to_sb3(model: "ScratchDQN") -> "DQN":
     changed["policy_kwargs"] = {
         name: deepcopy(value) for name, value in model.policy_kwargs.items() if name not in NETWORK_SETTINGS
     }
-    lost = [
-        f"{name}={getattr(model, name)!r}"
-        for name, counterpart in _PLAIN_SETTINGS.items()
-        if getattr(model, name) != counterpart
-    ]
-    if isinstance(buffer, ScratchReplayBuffer) and not isinstance(buffer.sampler, UniformSampler):
-        lost.append("prioritized=True")
+    lost = extras(model)
     if isinstance(buffer, ScratchReplayBuffer):
         for name in (*SAMPLER_SETTINGS, "frames"):
             changed["replay_buffer_kwargs"].pop(name, None)
         if buffer.store.action_masks is not None:
             lost.append("action masks")
     if isinstance(model.target_update_interval, tuple):
-        lost.append(f"target_update_interval={model.target_update_interval!r}")
         changed["target_update_interval"] = signature(DQN).parameters["target_update_interval"].default
     if lost:
         warnings.warn(
@@ -206,6 +192,13 @@ def _policy_pairs() -> dict[type[BasePolicy], type[BasePolicy]]:
     }
 
 
+def own_policy(policy: Any) -> Any:
+    """The counterpart of a policy class of SB3's DQN; whatever else is given, as it is."""
+    if getattr(policy, "__module__", None) != "stable_baselines3.dqn.policies":
+        return policy
+    return _policy_pairs().get(policy, policy)
+
+
 def _counterpart(policy_class: type[BasePolicy], pairs: dict[type[BasePolicy], type[BasePolicy]]) -> type[BasePolicy]:
     if policy_class not in pairs:
         names: Iterable[str] = (known.__name__ for known in pairs)
@@ -235,6 +228,7 @@ def _set_up(
             f"{type(converted.policy.optimizer).__name__}, so say there which optimizer_class the policy has"
         )
     parameters: dict[str, Any] = deepcopy(model.get_parameters())
+    parameters["policy"] = plain_names(parameters["policy"], model.policy)
     converted.set_parameters(parameters, device=model.device)
     return converted
 

@@ -1,6 +1,9 @@
 """ScratchDQN: its settings, what is made of them, and what happens at each step."""
 
+import math
+import os
 import pathlib
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -11,15 +14,17 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import HumanOutputFormat, KVWriter, Logger
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import get_parameters_by_name
+from stable_baselines3.common.utils import configure_logger, get_parameters_by_name
 
-from sb3_scratch_dqn import checks, conversion
+from sb3_scratch_dqn import checks, conversion, offline
 from sb3_scratch_dqn.acting import GreedyActor
 from sb3_scratch_dqn.engines import CannotRecordError, Engine, choose_engine, find_engine
 from sb3_scratch_dqn.files import Path
-from sb3_scratch_dqn.heads import LOSSES
+from sb3_scratch_dqn.heads import LOSSES, CategoricalHead
+from sb3_scratch_dqn.interrupts import Interrupts
 from sb3_scratch_dqn.networks import QNetwork
 from sb3_scratch_dqn.overriding import replaced
 from sb3_scratch_dqn.policies import CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
@@ -32,7 +37,9 @@ from sb3_scratch_dqn.replay_setup import (
     warn_of_memory,
 )
 from sb3_scratch_dqn.rollout import LeanRollouts
-from sb3_scratch_dqn.settings import check_learning, check_settings
+from sb3_scratch_dqn.settings import check_exploration, check_learning, check_settings, extras, with_settings
+from sb3_scratch_dqn.subprocesses import PIPE_ERRORS, death_of_environment
+from sb3_scratch_dqn.support import SupportWatch
 from sb3_scratch_dqn.target_sync import sync_is_due
 from sb3_scratch_dqn.td import MunchausenSettings, Objective
 
@@ -46,6 +53,7 @@ _UPDATES_BETWEEN_FIGURES = 100
 SelfScratchDQN = TypeVar("SelfScratchDQN", bound="ScratchDQN")
 
 
+@with_settings
 class ScratchDQN(LeanRollouts):
     """Deep Q-Network, from scratch (https://arxiv.org/abs/1312.5602, https://www.nature.com/articles/nature14236).
 
@@ -99,6 +107,8 @@ class ScratchDQN(LeanRollouts):
         ``"cuda_graph"``; ``"fused"``, on the CPU in fewer calls, and ``"cuda_graph"``, on a GPU in fewer launches, the
         same up to rounding; ``"eager"``, the numbers of SB3's ``DQN`` to the last bit. With ``verbose=1`` it says which
         one is used, and why
+    :param check_finite: refuse rewards and observations that are NaN or infinite; ``"auto"`` does so, except with
+        ``engine="eager"`` and all extras off, which goes on as SB3 does
     :raises ValueError: for settings that cannot work, naming the first of them
     :raises AssertionError: for an environment whose actions are not ``Discrete``
     """
@@ -149,13 +159,17 @@ class ScratchDQN(LeanRollouts):
         munchausen: bool = False,
         munchausen_kwargs: dict[str, float] | None = None,
         engine: str = "auto",
+        check_finite: bool | str = "auto",
     ) -> None:
         if env is None and _init_setup_model:
             raise ValueError("env=None must be an environment, or the name of one")
-        checks.check_count("verbose", verbose, minimum=0)
         checks.check_device(device)
+        checks.check_flag("_init_setup_model", _init_setup_model)
+        for name, kwargs in (("policy_kwargs", policy_kwargs), ("replay_buffer_kwargs", replay_buffer_kwargs)):
+            if kwargs is not None:  # SB3 takes whatever is false for no arguments
+                checks.check_dict(name, kwargs)
         super().__init__(
-            policy,
+            conversion.own_policy(policy),
             env,
             learning_rate,
             buffer_size,
@@ -194,6 +208,7 @@ class ScratchDQN(LeanRollouts):
         self.munchausen = munchausen
         self.munchausen_kwargs = munchausen_kwargs
         self.engine = engine
+        self.check_finite = check_finite
 
         self.exploration_rate = 0.0  # until the first step, as in SB3
         self._n_calls = 0  # of env.step()
@@ -208,16 +223,6 @@ class ScratchDQN(LeanRollouts):
 
     def _setup_model(self) -> None:
         check_settings(self)
-        frequency, unit = checks.parse_frequency("target_update_interval", self.target_update_interval)
-        self.target_update_interval = frequency if unit == "step" else (frequency, unit)
-        self.train_freq = checks.parse_frequency("train_freq", self.train_freq)
-        self._convert_train_freq()
-        # NumPy's numbers pass the checks, but not everything that they are handed to
-        for name in ("buffer_size", "batch_size", "n_steps", "stats_window_size", "learning_starts", "gradient_steps"):
-            setattr(self, name, int(getattr(self, name)))
-        if not callable(self.learning_rate):
-            self.learning_rate = float(self.learning_rate)
-        self.seed = None if self.seed is None else int(self.seed)
         self._stats_window_size = self.stats_window_size
         if self._env_steps == 0:  # a model saved by a version that did not count them
             self._env_steps = self._n_calls * self.n_envs
@@ -236,16 +241,36 @@ class ScratchDQN(LeanRollouts):
         self._make_epsilon_schedule()
         self._choose_engine()
 
-        if unit == "step" and self.n_envs > 1 and self.n_envs > frequency:
+        interval = self.target_update_interval
+        if isinstance(interval, int) and self.n_envs > 1 and self.n_envs > interval:
             warnings.warn(
                 "The number of environments used is greater than the target network "
-                f"update interval ({self.n_envs} > {frequency}), "
+                f"update interval ({self.n_envs} > {interval}), "
                 "therefore the target network will be updated after each call to env.step() "
                 f"which corresponds to {self.n_envs} steps.",
                 stacklevel=2,
             )
 
+    def _setting_changed(self, name: str) -> None:
+        """Follow a setting that was assigned; those of a model that is not set up yet are read by the set-up."""
+        if "policy" not in vars(self):
+            return
+        if name == "learning_rate":
+            self._setup_lr_schedule()
+        elif name.startswith("exploration_"):
+            check_exploration(self)
+            self._make_epsilon_schedule()
+        elif name in ("loss", "double_q", "munchausen", "munchausen_kwargs"):
+            check_learning(self, self.policy.head, self.policy.head_name)
+        elif name == "batch_size":
+            checks.check_buffer_holds_batch(self.buffer_size, self.batch_size)
+
     def _choose_engine(self) -> None:
+        for name in ("q_net", "q_net_target", "head", "optimizer", "predict"):
+            if not hasattr(self.policy, name):
+                raise ValueError(
+                    f"policy is a {type(self.policy).__name__}, which has no {name!r}: wrap policy.q_net instead"
+                )
         check_learning(self, self.policy.head, self.policy.head_name)
         before = getattr(self, "_engine", None)
         self._engine, why = choose_engine(self.engine, self.policy, self._objective())
@@ -330,20 +355,37 @@ class ScratchDQN(LeanRollouts):
         :param tb_log_name: of the run, in TensorBoard
         :param reset_num_timesteps: begin the schedules anew
         :param progress_bar: show one
+        :raises ValueError: for an argument that cannot work, and for rewards and observations that are not finite,
+            unless ``check_finite`` is off
+        :raises ChildProcessError: if the process of an environment in a ``SubprocVecEnv`` ended
         """
-        if log_interval is not None:
-            checks.check_count("log_interval", log_interval)
+        self._check_learn_arguments(callback, log_interval, tb_log_name)
         try:
-            return super().learn(
-                total_timesteps=total_timesteps,
-                callback=callback,
-                log_interval=log_interval,
-                tb_log_name=tb_log_name,
-                reset_num_timesteps=reset_num_timesteps,
-                progress_bar=progress_bar,
-            )
+            with Interrupts() as self._interrupts:
+                return super().learn(
+                    total_timesteps=total_timesteps,
+                    callback=callback,
+                    log_interval=log_interval,
+                    tb_log_name=tb_log_name,
+                    reset_num_timesteps=reset_num_timesteps,
+                    progress_bar=progress_bar,
+                )
+        except PIPE_ERRORS as error:
+            death = death_of_environment(self.env)
+            if death is None:
+                raise
+            raise death from error
         finally:
             self._looked_at_engine = False
+            vars(self).pop("_interrupts", None)
+
+    @staticmethod
+    def _check_learn_arguments(callback: Any, log_interval: Any, tb_log_name: Any) -> None:
+        checks.check_callback(callback)
+        if log_interval is not None:
+            checks.check_count("log_interval", log_interval)
+        if not isinstance(tb_log_name, str):
+            raise ValueError(f"tb_log_name={tb_log_name!r} must be a string")
 
     def _setup_learn(
         self,
@@ -357,21 +399,70 @@ class ScratchDQN(LeanRollouts):
         checks.check_buffer_holds_batch(self.buffer_size, self.batch_size)
         checks.check_duration(total_timesteps)
         self._engine_for_training().take_hold()
+        self._is_reference = self.engine == "eager" and not extras(self)
+        self._checks_finite = self.check_finite is True or (self.check_finite == "auto" and not self._is_reference)
+        self._watch_support()
+        if self._in_step:  # a step was interrupted: what the environments did since the last observation is not known
+            self._last_obs = None
+            self._in_step = False
         if reset_num_timesteps:
             self._episodes_finished = 0
-        if reset_num_timesteps or self._last_obs is None:  # the environments will be reset
+        starts_anew = reset_num_timesteps or self._last_obs is None
+        if starts_anew:  # the environments will be reset
             self._end_trajectories()
-        prepared = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._make_logger(tb_log_name, reset_num_timesteps)
+        custom_logger, self._custom_logger = self._custom_logger, True  # SB3 makes a folder for one that needs none
+        try:
+            prepared = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        finally:
+            self._custom_logger = custom_logger
+        if starts_anew and self._checks_finite:
+            self._check_first_observations()
         self._find_masks()  # of environments that are reset by now
         assert self.replay_buffer is not None
         check_sampling(self.replay_buffer, masked=self._masks is not None)
         warn_of_memory(self.replay_buffer, self.env)
         return prepared
 
+    def _watch_support(self) -> None:
+        """Compare returns with the support of a C51 head, if there is one."""
+        head = getattr(self.policy, "head", None)
+        if not isinstance(head, CategoricalHead):
+            self._support = None
+        elif self._support is None or self._support.head is not head:
+            self._support = SupportWatch(head, self.n_envs)
+
     def _end_trajectories(self) -> None:
         """Let no return of several steps reach over a reset that replay knows nothing of."""
         if isinstance(self.replay_buffer, ScratchReplayBuffer):
             self.replay_buffer.end_trajectories()
+
+    def _make_logger(self, tb_log_name: str, reset_num_timesteps: bool) -> None:
+        """Make the logger that SB3 would make, without a folder for one that writes none."""
+        if self._custom_logger:
+            return
+        if self.tensorboard_log is None and "SB3_LOGDIR" not in os.environ:
+            formats: list[KVWriter] = [HumanOutputFormat(sys.stdout)] if self.verbose >= 1 else []
+            self._logger = Logger(folder=None, output_formats=formats)
+        else:
+            log = None if self.tensorboard_log is None else os.fspath(self.tensorboard_log)
+            self._logger = configure_logger(self.verbose, log, tb_log_name, reset_num_timesteps)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout may go past the end; SB3 then has negative learning rates
+        if self._current_progress_remaining < 0 and not self._is_reference:
+            self._current_progress_remaining = 0.0
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        progress = self._current_progress_remaining
+        rate = self.lr_schedule(progress)
+        if not 0 <= rate < math.inf and progress >= 0:
+            raise ValueError(f"learning_rate({progress})={rate!r} must be a number of at least 0")
+        self.logger.record("train/learning_rate", rate)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
 
     def _on_step(self) -> None:
         self._n_calls += 1
@@ -385,14 +476,24 @@ class ScratchDQN(LeanRollouts):
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """Take some gradient steps.
 
+        It may be called before :meth:`learn`, on a replay buffer that was filled by hand or by
+        :meth:`load_transitions`; :meth:`learn_offline` does so with schedules, logs and callbacks.
+
         :param gradient_steps: how many
         :param batch_size: transitions in each
+        :raises ValueError: for an argument that cannot work, or if the replay buffer is empty
         """
         assert self.replay_buffer is not None
+        if batch_size < 1 or gradient_steps < 0:
+            checks.check_count("batch_size", batch_size)
+            checks.check_count("gradient_steps", gradient_steps, minimum=0)
+        if not hasattr(self, "_logger"):
+            self._logger = Logger(folder=None, output_formats=[])
         engine = self._current_engine()
         self._update_learning_rate(self.policy.optimizer)
-        if isinstance(self.replay_buffer, ScratchReplayBuffer):
-            self.replay_buffer.sampler.progressed(self._current_progress_remaining)
+        sampler = getattr(self.replay_buffer, "sampler", None)  # of a buffer behind a proxy, too
+        if sampler is not None:
+            sampler.progressed(max(self._current_progress_remaining, 0.0))
         source = batch_source(self.replay_buffer, batch_size, self._vec_normalize_env, self.gamma)
         try:
             losses = engine.train(source, gradient_steps, self.max_grad_norm)
@@ -407,6 +508,43 @@ class ScratchDQN(LeanRollouts):
         self.logger.record("train/loss", losses[0] if len(losses) == 1 else np.mean(losses))
         # Unless somebody comes behind this, the next rollout finds the engine as it was here
         self._looked_at_engine = type(self) is ScratchDQN and "train" not in vars(self)
+
+    def learn_offline(
+        self: SelfScratchDQN,
+        gradient_steps: int,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 1_000,
+        tb_log_name: str = "ScratchDQN",
+        progress_bar: bool = False,
+        target_update_interval: int | None = None,
+    ) -> SelfScratchDQN:
+        """Train on what the replay buffer holds, without taking a step in the environment.
+
+        Fill the buffer first, by :meth:`load_transitions`, :meth:`load_replay_buffer` or ``replay_buffer.add()``.
+        Schedules of the learning rate and of ``beta`` run over these gradient steps. Callbacks are called after each
+        gradient step; ``num_timesteps``, by which they name files and logs have their steps, counts all gradient steps
+        of the model meanwhile.
+
+        :param gradient_steps: how many
+        :param callback: such as SB3's ``CheckpointCallback``
+        :param log_interval: gradient steps between logs; ``None`` for none
+        :param tb_log_name: of the run, in TensorBoard
+        :param progress_bar: show one
+        :param target_update_interval: gradient steps between updates of the target network; by default as many as there
+            are in ``learn()``, with its ``target_update_interval``, ``train_freq`` and ``gradient_steps``
+        :raises ValueError: for an argument that cannot work, or if the replay buffer is empty
+        """
+        self._check_learn_arguments(callback, log_interval, tb_log_name)
+        steps = checks.check_count("gradient_steps", gradient_steps, minimum=0)
+        interval = offline.target_interval(self, target_update_interval)
+        assert self.replay_buffer is not None
+        if self.replay_buffer.size() == 0:
+            raise ValueError("the replay buffer is empty: fill it first, by load_transitions() or load_replay_buffer()")
+        check_sampling(self.replay_buffer, masked=False)
+        self._engine_for_training().take_hold()
+        self._make_logger(tb_log_name, reset_num_timesteps=True)
+        offline.learn(self, steps, callback, log_interval, progress_bar, interval)
+        return self
 
     def dump_logs(self) -> None:
         """Write what was logged, and with it how the last update looked."""
@@ -477,7 +615,7 @@ class ScratchDQN(LeanRollouts):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle all but what is made of the rest."""
-        made = ("_engine", "_engine_made_of", "_act")
+        made = ("_engine", "_engine_made_of", "_act", "_interrupts", "_read_masks")
         return {name: value for name, value in vars(self).items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -496,9 +634,14 @@ class ScratchDQN(LeanRollouts):
             "_engine",
             "_engine_made_of",
             "_masks",
+            "_read_masks",
             "_act",
             "_stores_plainly",
             "_looked_at_engine",
+            "_is_reference",
+            "_checks_finite",
+            "_interrupts",
+            "_support",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -34,8 +34,14 @@ class ProgressEpsilon:
     schedule: Schedule
 
     def __call__(self, progress_remaining: float, episodes: int, steps: int) -> float:
-        """Epsilon at this progress."""
-        return self.schedule(progress_remaining)
+        """Epsilon at this progress.
+
+        :raises ValueError: if a function of the user's gives something else than a probability
+        """
+        epsilon = self.schedule(progress_remaining)
+        if not 0 <= epsilon <= 1:
+            raise ValueError(f"exploration_schedule({progress_remaining})={epsilon!r} must be a number between 0 and 1")
+        return epsilon
 
 
 @dataclass

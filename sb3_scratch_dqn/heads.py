@@ -170,12 +170,11 @@ class CategoricalHead:
         moved = returns.unsqueeze(1) + discounts.unsqueeze(1) * self._atoms_like(next_outputs)
         last = self.n_outputs - 1
         # In units of atoms, counted from the lowest
-        position = ((moved.clamp(self.v_min, self.v_max) - self.v_min) * (last / (self.v_max - self.v_min))).clamp(
-            0, last
-        )
+        position = (moved.clamp(self.v_min, self.v_max) - self.v_min) * (last / (self.v_max - self.v_min))
         below = position.floor()
         share_above = position - below
-        below_index = below.long()
+        # Rounding may exceed the last atom; what is no number has no place at all, and its probability shows it
+        below_index = below.long().clamp(0, last)
         target = th.zeros_like(probabilities)
         target.scatter_add_(1, below_index, probabilities * (1 - share_above))
         # On the highest atom the share above is 0

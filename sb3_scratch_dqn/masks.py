@@ -1,23 +1,26 @@
 """Which actions are allowed.
 
 A mask is true where an action is allowed: ``(A,)`` for one state, ``(B, A)`` for several. An environment offers masks
-by a method ``action_masks()``, as sb3-contrib's ``MaskablePPO`` expects it. Where it has none, masks are ``None`` here,
-and every action is allowed.
+by a method ``action_masks()``, as sb3-contrib's ``MaskablePPO`` expects it, or by an attribute or property of that name
+that is such an array. Where it has none, or ``None``, masks are ``None`` here, and every action is allowed.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch as th
-from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
-from stable_baselines3.common.vec_env import VecEnv
+from sb3_contrib.common.maskable.utils import is_masking_supported
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 Masks = npt.NDArray[np.bool_]
 
 # Where the last state of an episode tells its mask, since the environment has been reset when it could be asked
 INFO_KEY = "action_masks"
+_NAME = "action_masks"  # of the method, property or attribute
 
 # The logit of an action that is not allowed: its probability is 0, and 0 times it is 0 rather than nan
 _FORBIDDEN_LOGIT = -1e30
@@ -58,19 +61,58 @@ def check_masks(masks: Any, n_observations: int, n_actions: int) -> Masks:
 
 
 def has_masks(env: VecEnv) -> bool:
-    """Whether the environments have masks; one that does not answer such questions has none."""
+    """Return True if the environments have masks; one that does not answer such questions has none."""
     try:
-        return is_masking_supported(env)
+        return is_masking_supported(env) and not (_in_this_process(env) and _all_none(env.get_attr(_NAME)))
     except NotImplementedError:  # raised by wrappers of vectorised environments that know only their own attributes
         return False
 
 
-def read_masks(env: VecEnv, n_actions: int) -> Masks:
-    """Ask the environments which actions they allow now, ``(n_envs, A)``.
+def find_masks(env: VecEnv, n_actions: int) -> Callable[[], Masks] | None:
+    """Find out how the environments, which have been reset, give their masks.
 
-    :raises ValueError: if they answer something else
+    :param env: the environments
+    :param n_actions: ``A``
+    :return: a function that reads which actions they allow now, ``(n_envs, A)``, and raises ``ValueError`` if they give
+        something else; ``None`` if they have no masks
     """
-    return check_masks(get_action_masks(env), env.num_envs, n_actions)
+    if not has_masks(env):
+        return None
+    # In another process it can only be called: to look at a method would mean to send its environment over
+    read: Callable[[], list[Any]] = partial(env.env_method, _NAME)
+    if _in_this_process(env) and not all(map(callable, env.get_attr(_NAME))):
+
+        def read() -> list[Any]:
+            return [mask() if callable(mask) else mask for mask in env.get_attr(_NAME)]
+
+    if _all_none(read()):
+        return None
+    return lambda: _stacked(read(), n_actions)
+
+
+def _all_none(masks: list[Any]) -> bool:
+    return all(mask is None for mask in masks)
+
+
+def _in_this_process(env: VecEnv) -> bool:
+    while isinstance(env, VecEnvWrapper):
+        env = env.venv
+    return isinstance(env, DummyVecEnv)
+
+
+def _stacked(masks: list[Any], n_actions: int) -> Masks:
+    """Masks of all environments, ``(n_envs, A)``.
+
+    :raises ValueError: naming the environment whose mask has another shape
+    """
+    for number, mask in enumerate(masks):
+        if mask is None or np.shape(mask) != (n_actions,):
+            told = "None" if mask is None else f"of shape {np.shape(mask)}"
+            raise ValueError(
+                f"action_masks of environment {number} are {told}, but must have the shape {(n_actions,)}: one truth "
+                "value for each action; or be None from the beginning, if all actions are allowed"
+            )
+    return check_masks(np.stack(masks), len(masks), n_actions)
 
 
 def masks_of_next_states(masks_now: Masks, dones: npt.NDArray[Any], infos: list[dict[str, Any]]) -> Masks:
@@ -94,18 +136,19 @@ def masks_of_next_states(masks_now: Masks, dones: npt.NDArray[Any], infos: list[
 
 
 class MaskInInfo(gym.Wrapper[Any, Any, Any, Any]):
-    """Tells the mask of an episode's last state, which cannot be asked for behind a vectorised environment.
+    """Put the mask of an episode's last state into ``info``: a vectorised environment has been reset by then.
 
-    Worth having where episodes are truncated and not every action is allowed everywhere.
+    Use it where episodes are truncated and not every action is allowed everywhere.
 
-    :param env: an environment with ``action_masks()``
+    :param env: an environment with ``action_masks``
     """
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step, and at the end of an episode put the mask into ``info["action_masks"]``."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         if terminated or truncated:
-            info = {**info, INFO_KEY: np.array(self.env.get_wrapper_attr("action_masks")())}
+            masks = self.env.get_wrapper_attr(_NAME)
+            info = {**info, INFO_KEY: np.array(masks() if callable(masks) else masks)}
         return observation, reward, terminated, truncated, info
 
 
@@ -114,9 +157,9 @@ __all__ = [
     "MaskInInfo",
     "Masks",
     "check_masks",
+    "find_masks",
     "has_masks",
     "masked_argmax",
     "masked_log_softmax",
     "masks_of_next_states",
-    "read_masks",
 ]

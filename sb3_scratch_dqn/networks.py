@@ -14,11 +14,13 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_scratch_dqn.heads import ImplicitQuantileHead, ValueHead, midpoints
+from sb3_scratch_dqn.heads import ExpectedHead, ImplicitQuantileHead, ValueHead, midpoints
 from sb3_scratch_dqn.noisy import NoisyLinear, noise
 
 # (inputs, outputs) -> layer
 LinearFactory = Callable[[int, int], nn.Module]
+
+_HALF_PRECISION = (th.bfloat16, th.float16)
 
 # -> activation; a class is one
 ActivationFactory = Callable[[], nn.Module]
@@ -39,6 +41,11 @@ def hidden_layers(
         layers += [linear(n_inputs, width), activation_fn()]
         n_inputs = width
     return layers
+
+
+def full_precision(outputs: th.Tensor) -> th.Tensor:
+    """Convert what a network computed in 16 bits, as in ``torch.autocast``, to 32: heads sum and compare it."""
+    return outputs.float() if outputs.dtype in _HALF_PRECISION else outputs
 
 
 def preprocess(
@@ -179,7 +186,7 @@ class QNetwork(BasePolicy):
 
     def outputs(self, obs: PyTorchObs) -> th.Tensor:
         """What the head reads, ``(B, A, K)``."""
-        flat: th.Tensor = self.q_net(self.extract_features(obs, self.features_extractor))
+        flat = full_precision(self.q_net(self.extract_features(obs, self.features_extractor)))
         return flat.view(-1, self.n_actions, self.head.n_outputs)
 
     def target_outputs(self, obs: PyTorchObs) -> th.Tensor:
@@ -196,13 +203,7 @@ class QNetwork(BasePolicy):
 
     def evaluate(self, obs: PyTorchObs) -> th.Tensor:
         """Action values, ``(B, A)``, as they are in evaluation mode, also in the middle of training."""
-        training = self.training
-        self.set_training_mode(False)
-        try:
-            values: th.Tensor = self(obs)
-        finally:
-            self.set_training_mode(training)
-        return values
+        return evaluated(self, obs)
 
     @property
     def noisy_layers(self) -> list[NoisyLinear]:
@@ -268,7 +269,7 @@ class ImplicitQNetwork(QNetwork):
         for layer in layers[self._n_encoder_layers :]:
             x = layer(x)
         n_fractions = fractions.shape[1]
-        quantiles = x.view(-1, n_fractions, self.n_actions).transpose(1, 2)
+        quantiles = full_precision(x).view(-1, n_fractions, self.n_actions).transpose(1, 2)
         return th.cat([quantiles, fractions.unsqueeze(1).expand_as(quantiles)], dim=2)
 
     def _outputs_at_random(self, obs: PyTorchObs, n_fractions: int) -> th.Tensor:
@@ -291,6 +292,89 @@ class ImplicitQNetwork(QNetwork):
         """Action values, ``(B, A)``: means over ``n_tau_act`` evenly spread fractions."""
         fractions = midpoints(self.head.n_tau_act, self.frequencies).unsqueeze(0)
         return self.head.q_values(self.outputs_at(obs, fractions))
+
+
+class ForwardNetwork:
+    """A module of another kind in the place of a :class:`QNetwork`, of which only ``forward`` is used.
+
+    Wrappers such as ``torch.nn.DataParallel`` pass nothing else on.
+
+    :param module: observations -> action values, ``(B, A)``
+    :param head: says what the outputs mean; they must be the values themselves
+    :raises ValueError: for a head that reads more than action values
+    """
+
+    def __init__(self, module: nn.Module, head: ValueHead) -> None:
+        if not isinstance(head, ExpectedHead):
+            raise ValueError(
+                f"the network is a {type(module).__name__} without a method outputs(), which {type(head).__name__} "
+                "reads: derive it from sb3_scratch_dqn.networks.QNetwork, or use head='expected'"
+            )
+        self._module = module
+
+    @property
+    def training(self) -> bool:
+        """Whether the module is in training mode."""
+        return self._module.training
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Switch batch normalisation and dropout to training, or to evaluation."""
+        self._module.train(mode)
+
+    def __call__(self, obs: PyTorchObs) -> th.Tensor:
+        """Action values, ``(B, A)``."""
+        values: th.Tensor = self._module(obs)
+        return values
+
+    def outputs(self, obs: PyTorchObs) -> th.Tensor:
+        """What the head reads, ``(B, A, 1)``."""
+        return full_precision(self(obs)).unsqueeze(2)
+
+    def target_outputs(self, obs: PyTorchObs) -> th.Tensor:
+        """What the head reads in order to make a target, ``(B, A, 1)``."""
+        return self.outputs(obs)
+
+    def values_given(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
+        """Action values, ``(B, A)``, given the outputs of the same observations."""
+        return target_outputs.squeeze(2)
+
+    def evaluate(self, obs: PyTorchObs) -> th.Tensor:
+        """Action values, ``(B, A)``, in evaluation mode."""
+        return evaluated(self, obs)
+
+    @property
+    def noisy_layers(self) -> list[NoisyLinear]:
+        """All layers that explore by noise."""
+        return [module for module in self._module.modules() if isinstance(module, NoisyLinear)]
+
+    def noise(self) -> AbstractContextManager[None]:
+        """A context in which noisy layers have fresh noise."""
+        return noise(self.noisy_layers)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        return self(observation).argmax(dim=1).reshape(-1)
+
+
+def as_q_network(module: "QNetwork", head: ValueHead) -> "QNetwork | ForwardNetwork":
+    """Give a module that stands in the place of a :class:`QNetwork` the interface of one.
+
+    :param module: a :class:`QNetwork`, a proxy of one, or another module that computes action values
+    :param head: says what its outputs mean
+    """
+    if isinstance(module, QNetwork) or hasattr(module, "outputs"):
+        return module
+    return ForwardNetwork(module, head)
+
+
+def evaluated(network: "QNetwork | ForwardNetwork", obs: PyTorchObs) -> th.Tensor:
+    """Compute action values, ``(B, A)``, in evaluation mode, and return to the mode of before."""
+    training = network.training
+    network.set_training_mode(False)
+    try:
+        values: th.Tensor = network(obs)
+    finally:
+        network.set_training_mode(training)
+    return values
 
 
 def network_class(head: ValueHead) -> type[QNetwork]:

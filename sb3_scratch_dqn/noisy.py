@@ -5,16 +5,21 @@ learns :math:`\mu` and :math:`\sigma`. The noise is factorized: :math:`\varepsil
 f(\varepsilon_j)` and :math:`\varepsilon^b_i = f(\varepsilon_i)`, with :math:`f(x) = \text{sgn}(x) \sqrt{|x|}` of
 standard normal numbers, one for each input and one for each output.
 
-There is noise only where somebody asked for it (:func:`noise`); training and evaluation mode do not matter.
+A layer is noisy only inside the context of :func:`noise`; training and evaluation mode do not matter. The noise belongs
+to the context and so to one thread: another thread that predicts meanwhile with the same layers sees none of it.
 """
 
 import math
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch as th
 from torch import nn
 from torch.nn import functional as F
+
+# Weight and bias with noise
+NoisyParameters = tuple[th.Tensor, th.Tensor]
 
 
 class NoisyLinear(nn.Module):
@@ -34,26 +39,21 @@ class NoisyLinear(nn.Module):
         self.weight_sigma = nn.Parameter(th.full((out_features, in_features), sigma * bound))
         self.bias = nn.Parameter(th.empty(out_features).uniform_(-bound, bound))
         self.bias_sigma = nn.Parameter(th.full((out_features,), sigma * bound))
-        self._noisy: tuple[th.Tensor, th.Tensor] | None = None  # weight and bias with the noise of now
 
-    def draw_noise(self) -> None:
-        """Have other noise from now on, the same in every call."""
+    def sample_parameters(self) -> NoisyParameters:
+        """Sample noise; return weight and bias with it."""
         # One call for both: a call costs more than its numbers
         scaled = th.randn(self.out_features + self.in_features, device=self.weight.device, dtype=self.weight.dtype)
         scaled = scaled.sign() * scaled.abs().sqrt()
         outputs, inputs = scaled[: self.out_features], scaled[self.out_features :]
-        self._noisy = (
+        return (
             th.addcmul(self.weight, self.weight_sigma, outputs.outer(inputs)),
             th.addcmul(self.bias, self.bias_sigma, outputs),
         )
 
-    def clear_noise(self) -> None:
-        """Have no noise from now on."""
-        self._noisy = None
-
     def forward(self, x: th.Tensor) -> th.Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        weight, bias = self._noisy or (self.weight, self.bias)
+        weight, bias = _sampled.get().get(self) or (self.weight, self.bias)
         return F.linear(x, weight, bias)
 
     def extra_repr(self) -> str:
@@ -61,17 +61,22 @@ class NoisyLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+# By layer, in the contexts of noise() that this thread is in
+_sampled: ContextVar[dict[NoisyLinear, NoisyParameters]] = ContextVar("sampled noise", default={})  # noqa: B039  # never changed
+
+
 def noise(layers: Collection[NoisyLinear]) -> AbstractContextManager[None]:
-    """Fresh noise in some layers, for as long as the context lasts; without layers it costs nothing."""
+    """Return a context in which layers have fresh noise, the same in every call; without layers it costs nothing.
+
+    :param layers: those that are to be noisy
+    """
     return _noise(layers) if layers else nullcontext()
 
 
 @contextmanager
 def _noise(layers: Collection[NoisyLinear]) -> Iterator[None]:
+    token = _sampled.set({**_sampled.get(), **{layer: layer.sample_parameters() for layer in layers}})
     try:
-        for layer in layers:
-            layer.draw_noise()
         yield
     finally:
-        for layer in layers:
-            layer.clear_noise()
+        _sampled.reset(token)

@@ -12,10 +12,18 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_scratch_dqn.checks import check_flag, check_makes_module, check_net_arch, check_not_negative
+from sb3_scratch_dqn.checks import (
+    check_arguments,
+    check_factory,
+    check_flag,
+    check_makes_module,
+    check_net_arch,
+    check_not_negative,
+    check_observation,
+)
 from sb3_scratch_dqn.heads import ValueHead, make_head
 from sb3_scratch_dqn.masks import Masks, check_masks, masked_argmax
-from sb3_scratch_dqn.networks import ActivationFactory, QNetwork, network_class
+from sb3_scratch_dqn.networks import ActivationFactory, ForwardNetwork, QNetwork, as_q_network, network_class
 from sb3_scratch_dqn.noisy import NoisyLinear, noise
 
 # Arguments that SB3's policies do not have
@@ -70,6 +78,10 @@ class DQNPolicy(BasePolicy):
     ) -> None:
         if features_extractor_class is None:
             features_extractor_class = self.default_features_extractor_class
+        check_flag("normalize_images", normalize_images)
+        _check_made_of("features_extractor", features_extractor_class, features_extractor_kwargs, nn.Module)
+        _check_made_of("optimizer", optimizer_class, optimizer_kwargs, th.optim.Optimizer)
+        _check_extractor(features_extractor_class, observation_space)
         super().__init__(
             observation_space,
             action_space,
@@ -114,11 +126,15 @@ class DQNPolicy(BasePolicy):
         self.q_net_target = self.make_q_net()
         self.q_net_target.load_state_dict(self.q_net.state_dict())
         self.q_net_target.set_training_mode(False)
-        self.optimizer = self.optimizer_class(
-            self.q_net.parameters(),
-            lr=lr_schedule(1),  # type: ignore[call-arg]  # every optimiser takes it, but not their base class
-            **self.optimizer_kwargs,
-        )
+        try:
+            self.optimizer = self.optimizer_class(
+                self.q_net.parameters(),
+                lr=lr_schedule(1),  # type: ignore[call-arg]  # every optimiser takes it, but not their base class
+                **self.optimizer_kwargs,
+            )
+        except (TypeError, ValueError) as error:
+            name = getattr(self.optimizer_class, "__name__", self.optimizer_class)
+            raise ValueError(f"optimizer_kwargs={self.optimizer_kwargs!r} cannot be used by {name}: {error}") from error
 
     def make_q_net(self) -> QNetwork:
         """Make a network with a features extractor of its own."""
@@ -126,17 +142,28 @@ class DQNPolicy(BasePolicy):
 
     def noise(self) -> AbstractContextManager[None]:
         """A context in which the noisy layers of both networks have fresh noise."""
-        return noise([*self.q_net.noisy_layers, *self.q_net_target.noisy_layers])
+        return noise([*self.online_network.noisy_layers, *self.target_network.noisy_layers])
+
+    @property
+    def online_network(self) -> QNetwork | ForwardNetwork:
+        """``q_net``, with the methods of a :class:`QNetwork` also where users put another module in its place."""
+        return as_q_network(self.q_net, self.head)
+
+    @property
+    def target_network(self) -> QNetwork | ForwardNetwork:
+        """``q_net_target``, likewise."""
+        return as_q_network(self.q_net_target, self.head)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         """Greedy actions, ``(B,)``."""
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        network = self.online_network
         if deterministic:
-            return self.q_net._predict(observation)
-        with self.q_net.noise():
-            return self.q_net._predict(observation)
+            return network._predict(observation)
+        with network.noise():
+            return network._predict(observation)
 
     def predict(
         self,
@@ -160,11 +187,22 @@ class DQNPolicy(BasePolicy):
             return super().predict(observation, state, episode_start, deterministic)
         self.set_training_mode(False)
         obs, vectorized = self.obs_to_tensor(observation)
-        with th.no_grad(), nullcontext() if deterministic else self.q_net.noise():
+        with th.no_grad(), nullcontext() if deterministic else self.online_network.noise():
             values = self.q_net(obs)
         masks = th.as_tensor(check_masks(action_masks, *values.shape), device=values.device)
         actions: np.ndarray = masked_argmax(values, masks).cpu().numpy()
         return (actions if vectorized else actions.squeeze(axis=0)), state
+
+    def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
+        """Convert an observation, or ``B`` of them, to tensors.
+
+        :return: ``(B, ...)``, and whether there were several
+        :raises ValueError: for what is no observation of the space
+        """
+        check_observation(observation, self.observation_space)
+        if not isinstance(observation, dict):
+            observation = np.asarray(observation)
+        return super().obs_to_tensor(observation)
 
     def q_values(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
         """Action values of one observation or of ``B`` of them.
@@ -182,7 +220,7 @@ class DQNPolicy(BasePolicy):
 
         :param mode: true to train, false to evaluate
         """
-        self.q_net.set_training_mode(mode)
+        self.online_network.set_training_mode(mode)
         self.training = mode
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -201,6 +239,31 @@ class DQNPolicy(BasePolicy):
             "head": self.head_name,
             "head_kwargs": self.head_kwargs,
         }
+
+
+# Arguments that the policy gives to what it is made of
+_GIVEN = {"features_extractor": ("observation_space",), "optimizer": ("params", "lr")}
+
+
+def _check_made_of(part: str, factory: Any, kwargs: Any, base: type) -> None:
+    """Refuse a class, or its arguments, that a part of the policy cannot be made of."""
+    check_factory(f"{part}_class", factory, base)
+    if kwargs is not None:
+        check_arguments(f"{part}_kwargs", kwargs, factory, refused=_GIVEN[part])
+
+
+def _check_extractor(extractor: Any, space: spaces.Space[Any]) -> None:
+    """Refuse SB3's extractors for observations that they cannot read."""
+    is_dict = isinstance(space, spaces.Dict)
+    if is_dict and extractor in (FlattenExtractor, NatureCNN):
+        raise ValueError(
+            f"observations of {space} need policy='MultiInputPolicy': {extractor.__name__} reads one array"
+        )
+    if not is_dict and extractor is CombinedExtractor:
+        raise ValueError(
+            f"policy='MultiInputPolicy' is for observations of a Dict space, but env has {space}: "
+            "use 'MlpPolicy', or 'CnnPolicy' for images"
+        )
 
 
 MlpPolicy = DQNPolicy

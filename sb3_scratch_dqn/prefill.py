@@ -15,7 +15,7 @@ from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.vec_env import VecTransposeImage
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_scratch_dqn.checks import Space
+from sb3_scratch_dqn.checks import Space, read_numbers
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.frames import StackedFrames
 from sb3_scratch_dqn.replay.observations import Array, Observation, map_observation
@@ -268,11 +268,9 @@ def _checked(data: Mapping[str, Any], observation_space: Space, n_actions: int) 
 
 
 def _array(name: str, given: Any, dtype: npt.DTypeLike | None = None) -> Array:
-    try:
-        with np.errstate(over="ignore"):  # what becomes infinite is found later
-            return np.asarray(given, dtype=dtype)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"data[{name!r}] must be an array of numbers, but is none: {error}") from error
+    numbers = read_numbers(f"data[{name!r}]", given)
+    with np.errstate(over="ignore"):  # what becomes infinite is found later
+        return np.asarray(numbers, dtype=dtype)
 
 
 def _observations(name: str, given: Any, space: Space, n: int) -> Observation:

@@ -68,7 +68,7 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
             assert train_freq.unit == TrainFrequencyUnit.STEP, "episodes can be counted with one environment only"
         if self.policy.training or self.policy.q_net.training:  # batch normalisation and dropout
             self.policy.set_training_mode(False)
-        watched, n_envs = not _does_nothing(callback), env.num_envs
+        watched, n_envs = not does_nothing(callback), env.num_envs
 
         # What callbacks see, by the names that it has in SB3; those of the steps come with them
         seen: dict[str, Any] = {
@@ -87,9 +87,10 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
         self._looked_at_engine = self._looked_at_engine and not watched
         self._choose_how_to_act()
         self._looked_at_engine = False
-        step = lean_step(env)
+        step, interrupts = lean_step(env), self._interrupts
         while should_collect_more_steps(train_freq, num_collected_steps, num_collected_episodes):
             actions, buffer_actions = self._sample_action(learning_starts, action_noise, n_envs)
+            self._in_step = True
             new_obs, rewards, dones, infos = step(actions)
             self.num_timesteps += n_envs
             num_collected_steps += 1
@@ -107,13 +108,20 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
                 )
                 callback.update_locals(seen)
                 if not callback.on_step():
+                    self._in_step = False
+                    if not self._is_reference:  # SB3 forgets this step, and would go on from the observation before it
+                        self._update_info_buffer(infos, dones)
+                        self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)
                     return RolloutReturn(num_collected_steps * n_envs, num_collected_episodes, continue_training=False)
                 # The callback may have changed what stands in the way
                 self._choose_how_to_act()
                 step = lean_step(env)
 
             self._update_info_buffer(infos, dones)
+            interrupts.held = True
             self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)
+            self._in_step = False
+            interrupts.release()
             self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
             self._on_step()
 
@@ -131,7 +139,7 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
         return RolloutReturn(num_collected_steps * n_envs, num_collected_episodes, continue_training=True)
 
 
-def _does_nothing(callback: BaseCallback) -> bool:
+def does_nothing(callback: BaseCallback) -> bool:
     """Whether a callback is what SB3 makes of ``callback=None``, which nobody else holds."""
     return type(callback) is ConvertCallback and callback.callback is None
 

@@ -14,7 +14,7 @@ from stable_baselines3 import DQN, PPO, HerReplayBuffer
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
-from stable_baselines3.dqn.policies import MlpPolicy as ReferencePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_scratch_dqn import ScratchDQN
 from sb3_scratch_dqn.checks import parse_frequency
@@ -29,7 +29,7 @@ from sb3_scratch_dqn.checks import parse_frequency
         ("exploration_schedule", "cosine", "choose one of 'linear', 'exponential'"),
         ("policy", "LstmPolicy", "choose one of 'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy'"),
         ("buffer_size", 0, "at least 1"),
-        ("buffer_size", 1e6, "whole number"),
+        ("buffer_size", 1e6 + 0.5, "whole number"),
         ("buffer_size", 16, "must be at least batch_size=32"),
         ("batch_size", -1, "at least 1"),
         ("batch_size", True, "whole number"),
@@ -69,7 +69,7 @@ from sb3_scratch_dqn.checks import parse_frequency
         ("policy_kwargs", {"lr_schedule": 1}, "unknown name 'lr_schedule'"),
         ("replay_buffer_kwargs", {"size": 3}, "choose from handle_timeout_termination"),
         ("replay_buffer_kwargs", {"n_steps": 3}, "choose from handle_timeout_termination"),
-        ("policy", ReferencePolicy, "subclass of sb3_scratch_dqn.policies.DQNPolicy"),
+        ("policy", ActorCriticPolicy, "subclass of sb3_scratch_dqn.policies.DQNPolicy"),
         ("replay_buffer_class", RolloutBuffer, "subclass of stable_baselines3.common.buffers.ReplayBuffer"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import nn
 from sb3_scratch_dqn import DQNPolicy, ScratchDQN
 from sb3_scratch_dqn.heads import HEADS
 from sb3_scratch_dqn.networks import DuelingStreams, ImplicitQNetwork, QNetwork
-from sb3_scratch_dqn.noisy import NoisyLinear, noise
+from sb3_scratch_dqn.noisy import NoisyLinear, _sampled, noise
 
 
 def make_policy(**kwargs):
@@ -69,13 +69,12 @@ def test_every_shape_of_network_values_every_action(head, noisy, dueling, net_ar
 
 def noise_of(layer):
     """The noise of weights and biases, from what it makes of them."""
-    weight, bias = layer._noisy
+    weight, bias = layer.sample_parameters()
     return (weight - layer.weight) / layer.weight_sigma, (bias - layer.bias) / layer.bias_sigma
 
 
 def test_the_noise_is_factorized():
     layer = NoisyLinear(5, 3).double()
-    layer.draw_noise()
     weight_noise, bias_noise = (value.detach() for value in noise_of(layer))
     # Row i is f(eps_i) times the f(eps_j) of the inputs, and f(eps_i) is the noise of the bias
     inputs = weight_noise[0] / bias_noise[0]
@@ -85,7 +84,6 @@ def test_the_noise_is_factorized():
 
 def test_the_noise_is_the_signed_root_of_normal_numbers():
     layer = NoisyLinear(1, 100_000).double()
-    layer.draw_noise()
     f = noise_of(layer)[1].detach()
     normal = f.sign() * f**2
     # Within 4 standard errors of mean, variance and fourth moment of a standard normal variable
@@ -129,7 +127,7 @@ def test_noise_ends_with_its_context_even_if_that_fails():
     layer = NoisyLinear(4, 3)
     with pytest.raises(ZeroDivisionError), noise([layer]):
         _ = 1 / 0
-    assert layer._noisy is None
+    assert not _sampled.get()
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -154,11 +152,12 @@ def test_deterministic_prediction_has_no_noise_and_exploration_has(head):
 
 def test_noise_is_fresh_in_every_update_and_environment_step_and_differs_in_the_target_network(monkeypatch):
     seen = []
-    draw = NoisyLinear.draw_noise
+    sample = NoisyLinear.sample_parameters
 
     def record(layer):
-        draw(layer)
-        seen.append(noise_of(layer)[1].tolist())
+        sampled = sample(layer)
+        seen.append(((sampled[1] - layer.bias) / layer.bias_sigma).tolist())
+        return sampled
 
     model = ScratchDQN(
         "MlpPolicy",
@@ -171,7 +170,7 @@ def test_noise_is_fresh_in_every_update_and_environment_step_and_differs_in_the_
     )
     layers = sum(isinstance(module, NoisyLinear) for module in model.q_net.modules())
     assert layers == 3
-    monkeypatch.setattr(NoisyLinear, "draw_noise", record)
+    monkeypatch.setattr(NoisyLinear, "sample_parameters", record)
     model.exploration_initial_eps = model.exploration_final_eps = 0.0
     model._make_epsilon_schedule()
     model.learn(25)
@@ -184,7 +183,7 @@ def test_noise_is_fresh_in_every_update_and_environment_step_and_differs_in_the_
 def test_noise_is_learned():
     class Untouched(BaseCallback):
         def _on_step(self):
-            return all(layer._noisy is None for layer in self.model.q_net.modules() if isinstance(layer, NoisyLinear))
+            return not _sampled.get()
 
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs={"noisy": True}, train_freq=1, seed=0)
     before = {name: p.clone() for name, p in model.q_net.named_parameters() if "sigma" in name}

@@ -187,6 +187,44 @@ def test_a_trial_that_cannot_run_is_pruned_and_does_not_end_the_search():
     assert study.trials[0].user_attrs["search_space"] == {"buffer_size": [8]}
 
 
+NAN_ENV = """
+from pathlib import Path
+import gymnasium as gym
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Once(CartPoleEnv):
+    steps = 0
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        Once.steps += 1
+        if Once.steps > 40 and not Path("told").exists():
+            Path("told").touch()
+            reward = float("nan")
+        return observation, reward, *rest
+
+gym.register("Once-v0", Once, max_episode_steps=20)
+"""
+
+
+def test_a_reward_that_is_no_number_prunes_its_trial_and_the_search_goes_on(tmp_path):
+    (tmp_path / "nan_env.py").write_text(NAN_ENV)
+    (tmp_path / "mine.yml").write_text(
+        "Once-v0: {policy: MlpPolicy, n_timesteps: 100, buffer_size: 100, learning_starts: 10,\n"
+        "  policy_kwargs: 'dict(head=\"c51\", head_kwargs=dict(v_min=0, v_max=100))', search_space: {batch_size: [8]}}"
+    )
+    run(
+        tmp_path, "rl_zoo3.train", "--algo", "scratch_dqn", "--env", "Once-v0", "--gym-packages", "nan_env",
+        "--conf-file", "mine.yml", "-optimize", "--n-trials", "2", "--n-evaluations", "1", "--eval-episodes", "1",
+        "--no-optim-plots", "--num-threads", "1", "--storage", "logs/study.log", "--study-name", "s",
+    )  # fmt: skip
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "logs/study.log"))
+    )
+    trials = optuna.load_study(study_name="s", storage=storage).trials
+    assert [trial.state.name for trial in trials] == ["PRUNED", "COMPLETE"]
+
+
 def test_a_search_space_that_cannot_be_searched_ends_the_experiment_before_it_begins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yml").write_text(

@@ -27,7 +27,7 @@ from sb3_scratch_dqn.engines.eager import EagerEngine
 from sb3_scratch_dqn.engines.feeds import UPDATES_AT_ONCE, DeviceFeed, Feed, HostFeed, check_priorities
 from sb3_scratch_dqn.engines.recording import CannotRecordError, Function, Number, Recorder
 from sb3_scratch_dqn.engines.update import LastUpdate
-from sb3_scratch_dqn.engines.watch import Watch, is_patched, why_hooked
+from sb3_scratch_dqn.engines.watch import Watch, is_patched, why_hooked, why_other_mode, why_unknown
 from sb3_scratch_dqn.networks import QNetwork
 from sb3_scratch_dqn.overriding import replaced
 from sb3_scratch_dqn.policies import DQNPolicy
@@ -46,8 +46,9 @@ _unrecordable: "WeakKeyDictionary[QNetwork, str]" = WeakKeyDictionary()
 
 
 def _why_not(policy: DQNPolicy) -> str | None:
-    if th.is_anomaly_enabled():
-        return "autograd is to look for anomalies"
+    reason = why_unknown(policy) or why_other_mode(policy.device.type)
+    if reason is not None:
+        return reason
     for network in (policy.q_net, policy.q_net_target):
         if is_patched(network):
             return "a method of the network was patched"
@@ -124,7 +125,7 @@ class CudaGraphEngine:
         if self._watch is None:
             return _why_not(self.policy) is not None
         return (
-            th.is_anomaly_enabled()
+            why_other_mode(self._device.type) is not None
             or self.policy.q_net in _unrecordable
             or self._watch.changed()
             or self._steps.changed()

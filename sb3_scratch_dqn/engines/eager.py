@@ -129,7 +129,8 @@ class EagerEngine:
         """
         policy = self.policy
         policy.set_training_mode(True)
-        target_of = make_target(self.objective, policy.q_net, policy.q_net_target, policy.head)
+        online = policy.online_network
+        target_of = make_target(self.objective, online, policy.target_network, policy.head)
         parameters = list(policy.q_net.parameters())
         ahead = source.ahead and gradient_steps > 1 and _draws_nothing(policy)
         at_once = batches_at_once(policy.observation_space, source.batch_size) if ahead else 1
@@ -138,7 +139,7 @@ class EagerEngine:
             n_batches = min(at_once, gradient_steps - begin)
             for batch in source.draw(n_batches).split(n_batches):
                 with policy.noise():
-                    outputs, target = predict(batch, policy.q_net.outputs, target_of)
+                    outputs, target = predict(batch, online.outputs, target_of)
                 if source.weighted:
                     each, priorities = policy.head.losses(outputs, target, self.objective.loss)
                     loss = (batch.weights * each).mean()
@@ -178,8 +179,9 @@ class EagerEngine:
             policy.set_training_mode(False)
         # A copy, because networks may write to what they get
         copy = map_observation(np.array if envs is None else lambda array: array[envs], observation)
-        with th.no_grad(), policy.q_net.noise():
-            actions: np.ndarray = policy.q_net._predict(obs_as_tensor(copy, policy.device)).cpu().numpy()
+        online = policy.online_network
+        with th.no_grad(), online.noise():
+            actions: np.ndarray = online._predict(obs_as_tensor(copy, policy.device)).cpu().numpy()
         return actions
 
     def move_target(self, tau: float) -> None:

@@ -13,7 +13,7 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from torch import nn
 
 from sb3_scratch_dqn.engines.eager import EagerEngine, step_by
-from sb3_scratch_dqn.engines.watch import why_hooked
+from sb3_scratch_dqn.engines.watch import why_hooked, why_unknown
 from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.td import Objective
@@ -43,6 +43,9 @@ class FusedAutogradEngine(EagerEngine):
             return f"device={policy.device.type!r} is not 'cpu'"
         if type(optimizer) is not th.optim.Adam:
             return f"optimizer_class={type(optimizer).__name__} is not Adam"
+        reason = why_unknown(policy)
+        if reason is not None:
+            return reason
         for group in optimizer.param_groups:
             for name in ("differentiable", "capturable"):
                 if group.get(name):
@@ -55,7 +58,7 @@ class FusedAutogradEngine(EagerEngine):
 
     def outdated(self) -> bool:
         """Whether somebody changed the policy in a way that this engine must be made anew for."""
-        return type(self.policy.optimizer) is not th.optim.Adam
+        return type(self.policy.optimizer) is not th.optim.Adam or why_unknown(self.policy) is not None
 
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
         """Take some gradient steps; see :meth:`EagerEngine.train`."""

@@ -21,6 +21,7 @@ from sb3_scratch_dqn.engines.flat import FlatParameters
 from sb3_scratch_dqn.engines.fused_learners import Learner, make_inputs, make_learner
 from sb3_scratch_dqn.engines.fused_support import why_not_by_hand
 from sb3_scratch_dqn.engines.update import LastUpdate
+from sb3_scratch_dqn.engines.watch import why_other_mode
 from sb3_scratch_dqn.policies import DQNPolicy
 from sb3_scratch_dqn.replay import ArrayBatch, BatchSource
 from sb3_scratch_dqn.td import Objective
@@ -73,7 +74,7 @@ class FusedEngine:
         """Whether somebody changed the policy in a way that this engine must be made anew for."""
         if self._flat is None:
             return why_not_by_hand(self.policy) is not None
-        return self._flat.outdated() or th.is_anomaly_enabled()
+        return self._flat.outdated() or why_other_mode("cpu") is not None
 
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
         """Take some gradient steps.

@@ -8,7 +8,7 @@ from torch import nn
 
 from sb3_scratch_dqn.engines.dense import ACTIVATIONS, linear_layers
 from sb3_scratch_dqn.engines.flat import why_no_adam
-from sb3_scratch_dqn.engines.watch import has_hooks, is_patched, why_hooked
+from sb3_scratch_dqn.engines.watch import has_hooks, is_patched, why_hooked, why_other_mode, why_unknown
 from sb3_scratch_dqn.networks import DuelingStreams, QNetwork
 from sb3_scratch_dqn.noisy import NoisyLinear
 from sb3_scratch_dqn.overriding import replaced
@@ -20,11 +20,12 @@ def why_not_by_hand(policy: DQNPolicy) -> str | None:
 
     :param policy: the policy, with its networks and its optimiser
     """
+    reason = why_unknown(policy) or why_other_mode("cpu")
+    if reason is not None:
+        return reason
     network = policy.q_net
     if policy.device.type != "cpu":
         return f"device={policy.device.type!r} is not 'cpu'"
-    if th.is_anomaly_enabled():
-        return "autograd is to look for anomalies"
     for one in (network, policy.q_net_target):
         if type(one) is not QNetwork:
             return f"the network is a {type(one).__name__}, not a plain QNetwork"

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules import module as all_modules
 from torch.optim import optimizer as all_optimizers
 
+from sb3_scratch_dqn.networks import QNetwork
 from sb3_scratch_dqn.overriding import replaced
 from sb3_scratch_dqn.policies import DQNPolicy
 
@@ -40,6 +41,30 @@ _HOOKS_OF_ALL_OPTIMIZERS: tuple[Sized, ...] = (
 # Called for each parameter before each update
 _requires_grad = attrgetter("requires_grad")
 _hooks_of_tensor = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def why_unknown(policy: DQNPolicy) -> str | None:
+    """Return why nothing is known of how a policy computes, such as one behind a proxy; ``None`` if that is known."""
+    for name, part, known in (
+        ("policy", policy, DQNPolicy),
+        ("online network", policy.q_net, QNetwork),
+        ("target network", policy.q_net_target, QNetwork),
+    ):
+        if not issubclass(type(part), known):
+            return f"the {name} is a {type(part).__name__}, not a {known.__name__}"
+    return None
+
+
+def why_other_mode(device_type: str) -> str | None:
+    """Return which mode of PyTorch asks for other computations than an engine's own; ``None`` if there is none.
+
+    :param device_type: of the policy's device
+    """
+    if th.is_anomaly_enabled():
+        return "torch.autograd.set_detect_anomaly looks for anomalies"
+    if th.is_autocast_enabled(device_type):
+        return "torch.autocast is enabled"
+    return None
 
 
 def is_patched(instance: object) -> bool:

@@ -330,15 +330,15 @@ def _ignore(batch: Batch | ArrayBatch, priorities: th.Tensor) -> None:
     """Where all transitions are sampled alike, nobody asks for priorities."""
 
 
-def batch_source(buffer: ReplayBuffer, batch_size: int, env: VecNormalize | None, gamma: float) -> BatchSource:
+def batch_source(buffer: Any, batch_size: int, env: VecNormalize | None, gamma: float) -> BatchSource:
     """Draw from a replay buffer, whatever its kind.
 
-    :param buffer: a :class:`ScratchReplayBuffer`, or any replay buffer of SB3's kind
+    :param buffer: a :class:`ScratchReplayBuffer`, a proxy of one, or any replay buffer of SB3's kind
     :param batch_size: transitions in a batch
     :param env: normalises observations and rewards
     :param gamma: discount of one step
     """
-    if not isinstance(buffer, ScratchReplayBuffer) or _samples_its_own_way(buffer):
+    if not _samples_batches(buffer):
         foreign = partial(buffer.sample, batch_size, env=env)
 
         def draw(_: int) -> Batch:
@@ -386,7 +386,7 @@ def check_sampling(buffer: ReplayBuffer, masked: bool) -> None:
     :param masked: whether the environments have action masks
     """
     name = type(buffer).__name__
-    own = isinstance(buffer, ScratchReplayBuffer) and not _samples_its_own_way(buffer)
+    own = _samples_batches(buffer)
     if masked and not own:
         raise ValueError(
             f"replay_buffer_class={name} samples no action masks, but env has them: "
@@ -399,6 +399,12 @@ def check_sampling(buffer: ReplayBuffer, masked: bool) -> None:
         )
 
 
-def _samples_its_own_way(buffer: ScratchReplayBuffer) -> bool:
-    """Whether somebody replaced what SB3's users replace to change what is sampled."""
-    return replaced(buffer, ScratchReplayBuffer, "sample", "_get_samples")
+def _samples_batches(buffer: Any) -> bool:
+    """Return True if a buffer has ``sample_batch()``, and nothing that SB3's users override to change what is sampled.
+
+    A proxy of a :class:`ScratchReplayBuffer` has what it passes on and what it defines itself.
+    """
+    if isinstance(buffer, ScratchReplayBuffer) and issubclass(type(buffer), ScratchReplayBuffer):
+        return not replaced(buffer, ScratchReplayBuffer, "sample", "_get_samples")
+    own = {name for one in type(buffer).__mro__ for name in vars(one)} | vars(buffer).keys()
+    return own.isdisjoint({"sample", "_get_samples"}) and hasattr(buffer, "sample_batch")

@@ -22,6 +22,9 @@ from sb3_scratch_dqn.replay.device_ring import DTYPES, DeviceRing
 from sb3_scratch_dqn.replay.frames import StackedFrames
 from sb3_scratch_dqn.replay.observations import Array, DenseObservations, SharedObservations
 
+# A window of returns reads as many rows as it may have steps; the host looks first how many it has
+_LONGEST_WINDOW = 1024
+
 
 class DeviceReplay:
     """A copy of what a buffer stores.
@@ -53,6 +56,8 @@ class DeviceReplay:
         strange = [array.dtype for array in (*arrays.values(), *frames.values()) if array.dtype not in DTYPES]
         if strange:
             return f"observations of dtype {strange[0]} stay in the memory of the host"
+        if buffer.n_steps > _LONGEST_WINDOW:
+            return f"n_steps={buffer.n_steps} is more than {_LONGEST_WINDOW}"
         if device.type == "cuda":
             needed = DeviceRing.bytes_of(buffer.buffer_size, buffer.n_envs, arrays)
             needed += DeviceFrames.bytes_of(keeper) if isinstance(keeper, StackedFrames) else 0

@@ -22,6 +22,9 @@ from sb3_scratch_dqn.replay.stores import Store
 
 Floats = npt.NDArray[np.float32]
 
+# Steps of all windows together from which on it pays to look for the longest window first, and steps of each look
+_MANY_STEPS, _STEPS_AT_ONCE = 2**16, 256
+
 
 class Fold(NamedTuple):
     """``B`` windows of one or more steps, each array ``(B,)``.
@@ -54,6 +57,30 @@ def fold_one_step(
     )
 
 
+def _longest_window(store: Store, rows: Array, envs: Array, n_steps: int, newest_row: int) -> int:
+    """Return the length of the longest window, found piece by piece; parameters as in :func:`fold_n_steps`."""
+    going_on = np.arange(len(rows))
+    for begin in range(0, min(n_steps, store.capacity), _STEPS_AT_ONCE):
+        end = min(begin + _STEPS_AT_ONCE, n_steps)
+        ends = _ends(store, rows[going_on], envs[going_on], np.arange(begin, end), newest_row)[1]
+        going_on = going_on[~ends.any(axis=1)]
+        if len(going_on) == 0:
+            return end
+    return min(n_steps, store.capacity)
+
+
+def _ends(store: Store, rows: Array, envs: Array, steps: Array, newest_row: int) -> tuple[Array, Array]:
+    """Rows that hold the steps of windows, and whether the window ends with a step, each ``(B, len(steps))``."""
+    window = (rows[:, None] + steps) % store.capacity
+    # Rows that never held a step lie behind the newest one, where no window goes; any row may stand for them
+    readable = np.minimum(window, store.rows - 1)
+    columns = envs[:, None]
+    ends = np.logical_or(store.dones[readable, columns], store.timeouts[readable, columns])
+    ends |= store.cuts[readable, columns]
+    ends |= window == newest_row
+    return readable, ends
+
+
 def fold_n_steps(
     store: Store,
     rows: Array,
@@ -71,21 +98,16 @@ def fold_n_steps(
     :param gamma: the discount of one step
     :param normalize_reward: applied to every single reward before it is summed
     :param n_steps: the longest window
-    :param newest_row: the row that was written last
+    :param newest_row: the row that was written last, where every window ends
     """
+    if n_steps * len(rows) > _MANY_STEPS:
+        n_steps = _longest_window(store, rows, envs, n_steps, newest_row)
     steps = np.arange(n_steps)
-    window = (rows[:, None] + steps) % store.capacity  # (B, n_steps)
-    # Rows that never held a step lie behind the newest one, where no window goes; any row may stand for them
-    readable = np.minimum(window, store.rows - 1)
-    columns = envs[:, None]
-
-    ends = np.logical_or(store.dones[readable, columns], store.timeouts[readable, columns])
-    ends |= store.cuts[readable, columns]
-    ends |= window == newest_row
+    readable, ends = _ends(store, rows, envs, steps, newest_row)  # (B, n_steps)
     last = np.where(ends.any(axis=1), ends.argmax(axis=1), n_steps - 1)  # (B,)
     inside = steps <= last[:, None]  # (B, n_steps)
 
-    rewards = normalize_reward(store.rewards[readable, columns])
+    rewards = normalize_reward(store.rewards[readable, envs[:, None]])
     step_discounts = gamma ** steps.astype(np.float32)
     last_rows = (rows + last) % store.capacity
     return Fold(

@@ -150,7 +150,10 @@ class UniformSampler:
         return 0
 
 
-DIVERGED = "priorities must be finite, but some are not: training diverged; lower learning_rate"
+DIVERGED = (
+    "priorities must be finite, but some are not: training diverged (lower learning_rate), or env gave rewards or "
+    "observations that are not finite (check_finite=True finds them)"
+)
 
 # For arrays and tensors of float64 alike
 Numbers = TypeVar("Numbers", npt.NDArray[np.float64], th.Tensor)
