@@ -38,7 +38,7 @@ from sb3_scratch_dqn.replay_setup import (
 )
 from sb3_scratch_dqn.rollout import LeanRollouts
 from sb3_scratch_dqn.settings import check_exploration, check_learning, check_settings, extras, with_settings
-from sb3_scratch_dqn.subprocesses import PIPE_ERRORS, death_of_environment
+from sb3_scratch_dqn.subprocesses import PIPE_ERRORS, death_of_environment, deaths_end_waiting
 from sb3_scratch_dqn.support import SupportWatch
 from sb3_scratch_dqn.target_sync import sync_is_due
 from sb3_scratch_dqn.td import MunchausenSettings, Objective
@@ -361,7 +361,7 @@ class ScratchDQN(LeanRollouts):
         """
         self._check_learn_arguments(callback, log_interval, tb_log_name)
         try:
-            with Interrupts() as self._interrupts:
+            with Interrupts() as self._interrupts, deaths_end_waiting(self.env):
                 return super().learn(
                     total_timesteps=total_timesteps,
                     callback=callback,
@@ -404,10 +404,9 @@ class ScratchDQN(LeanRollouts):
         self._watch_support()
         if self._in_step:  # a step was interrupted: what the environments did since the last observation is not known
             self._last_obs = None
-            self._in_step = False
         if reset_num_timesteps:
             self._episodes_finished = 0
-        starts_anew = reset_num_timesteps or self._last_obs is None
+        starts_anew = self._in_step = reset_num_timesteps or self._last_obs is None
         if starts_anew:  # the environments will be reset
             self._end_trajectories()
         self._make_logger(tb_log_name, reset_num_timesteps)
@@ -416,6 +415,7 @@ class ScratchDQN(LeanRollouts):
             prepared = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         finally:
             self._custom_logger = custom_logger
+        self._in_step = False
         if starts_anew and self._checks_finite:
             self._check_first_observations()
         self._find_masks()  # of environments that are reset by now
