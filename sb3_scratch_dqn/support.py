@@ -56,7 +56,7 @@ class SupportWatch:
         margin = (self.head.v_max - self.head.v_min) / (self.head.n_outputs - 1) / 2
         if lowest < self.head.v_min - margin or highest > self.head.v_max + margin:
             self._episodes_outside += 1
-        if self._episodes_outside >= _EPISODES:
+        if self._episodes_outside == _EPISODES and not self._told:
             self._tell(gamma)
 
     def _tell(self, gamma: float) -> None:

@@ -3,6 +3,7 @@ import os
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,20 @@ from recorded import Tape
 
 from sb3_scratch_dqn.engines.cuda_graph import CudaGraphEngine
 from sb3_scratch_dqn.engines.recording import CannotRecordError, Recorder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_folder(tmp_path_factory):
+    """Let all that SB3 leaves in the temporary folder go when the tests have ended."""
+    before = os.environ.get("TMPDIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TMPDIR"], tempfile.tempdir = folder, None
+        yield
+        tempfile.tempdir = None
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
 
 
 @pytest.fixture(autouse=True)

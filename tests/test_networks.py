@@ -1,6 +1,7 @@
 """Dueling streams, noisy layers and implicit quantiles: what they compute, and when there is noise."""
 
 import math
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -121,6 +122,60 @@ def test_a_noisy_layer_computes_the_formula_of_the_paper():
         for b in range(5)
     ]
     np.testing.assert_allclose(got.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+def test_noise_belongs_to_the_thread_that_asked_for_it(engine):
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs={"noisy": True, "noisy_sigma": 3.0}, engine=engine)
+    observation = np.ones(3, np.float32)
+    expected, seen = model.q_values(observation), []
+
+    def look():
+        seen.append(model.q_values(observation))
+        seen.append(model.predict(observation, deterministic=True)[0])
+
+    with model.policy.noise():
+        thread = Thread(target=look)
+        thread.start()
+        thread.join()
+        assert not np.array_equal(model.policy.q_values(observation), expected), "in this thread there is noise"
+    np.testing.assert_array_equal(seen[0], expected)
+    assert seen[1] == expected.argmax()
+
+
+def test_predictions_of_another_thread_are_those_without_training():
+    settings = {"policy_kwargs": {"noisy": True, "noisy_sigma": 3.0}, "learning_rate": 0.0, "engine": "eager"}
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), learning_starts=0, train_freq=1, **settings)
+    observation, wrong, calls, stop = np.ones(3, np.float32), [], [], Event()
+    expected = model.q_values(observation)
+
+    def look():
+        while not stop.is_set():
+            calls.append(None)
+            if not np.array_equal(model.q_values(observation), expected):
+                wrong.append(None)
+
+    thread = Thread(target=look)
+    thread.start()
+    try:
+        model.learn(300)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(calls) > 20
+    assert not wrong
+
+
+def test_contexts_of_noise_lie_in_each_other():
+    outer, inner = NoisyLinear(2, 2), NoisyLinear(2, 2)
+    x = th.ones(1, 2)
+    with noise([outer]):
+        first = outer(x)
+        with noise([inner]):
+            assert th.equal(outer(x), first)
+            assert not th.equal(inner(x), nn.functional.linear(x, inner.weight, inner.bias))
+        assert th.equal(inner(x), nn.functional.linear(x, inner.weight, inner.bias))
+        assert th.equal(outer(x), first)
 
 
 def test_noise_ends_with_its_context_even_if_that_fails():
