@@ -1,21 +1,32 @@
-"""Reading what was saved, and refusing what is no such file.
+"""Reading what was saved, refusing what is no such file, and writing files whole or not at all.
 
-Every error but a missing file is a :class:`ValueError` of one sentence that names the path and what is wrong with it.
+Every error of reading but a missing file is a :class:`ValueError` of one sentence that names the path and what is wrong
+with it. Every error of writing is an :class:`OSError` that names the path.
 """
 
+import errno
 import io
 import json
+import os
 import pathlib
 import pickle
+import re
+import secrets
+import stat
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import json_to_data, open_path
 
 from sb3_scratch_dqn.checks import Space
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 Path = str | pathlib.Path | io.BufferedIOBase
 
@@ -123,6 +134,115 @@ def opened(path: Any, *suffixes: str) -> Iterator[Any]:
         yield path
     finally:
         path.seek(begin)
+
+
+@contextmanager
+def replacing(path: str | pathlib.Path) -> Iterator[IO[bytes]]:
+    """A new file, open for writing, that takes the place of another one when all of it is written.
+
+    It lies beside its place until then, so that a crash leaves the earlier file whole. Files that interrupted processes
+    left there are removed first. A symbolic link stays, and its target is replaced. An earlier file hands its
+    permissions on. A device or a pipe cannot be replaced, and is written to.
+
+    :param path: where the file is to be; its folder is made if there is none
+    :raises OSError: if it cannot be written; the error names the path, and no temporary file stays behind
+    """
+    try:
+        earlier = _status(path)
+        if earlier is not None and stat.S_ISDIR(earlier.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if earlier is not None and not stat.S_ISREG(earlier.st_mode):
+            with open(path, "wb") as device:
+                yield device
+            return
+        place = pathlib.Path(os.path.realpath(path))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(place)
+        mode = None if earlier is None else stat.S_IMODE(earlier.st_mode)
+        # Whoever may not read the earlier file must not read the new one while it is written
+        file, beside = _create_beside(place, 0o666 if mode is None else mode | stat.S_IRUSR | stat.S_IWUSR)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if mode is not None and stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:
+                    os.chmod(beside, mode)
+                if fcntl is None:  # Windows cannot move an open file
+                    file.close()
+                os.replace(beside, place)  # closing the file would unlock it, so it is still open
+        except BaseException:
+            with suppress(OSError):
+                beside.unlink()
+            raise
+        _sync_folder(place.parent)
+    except OSError as error:
+        raise _about(path, error) from error
+
+
+def remove_leftover(path: pathlib.Path) -> None:
+    """Remove a temporary file, if there is one, unless :func:`replacing` is still writing it.
+
+    :param path: the temporary file
+    """
+    # What cannot be removed must not keep anything from being written
+    with suppress(OSError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return
+        if fcntl is None:  # Windows cannot remove a file that is in use
+            path.unlink()
+            return
+        handle = os.open(path, os.O_RDWR)  # NFS cannot lock a file that is open for reading only
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(handle)
+
+
+def _status(path: str | pathlib.Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _remove_leftovers(place: pathlib.Path) -> None:
+    # An earlier version made these files with tempfile.mkstemp(), without .tmp
+    name = re.compile(re.escape(f".{place.name}.") + r"[a-z0-9_]{8}(\.tmp)?")
+    with suppress(OSError):  # a process may be able to write to a folder that it cannot list
+        for one in place.parent.iterdir():
+            if name.fullmatch(one.name):
+                remove_leftover(one)
+
+
+def _create_beside(place: pathlib.Path, mode: int) -> tuple[IO[bytes], pathlib.Path]:
+    while True:
+        beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+        # tempfile.mkstemp() ignores the umask, which a process cannot read without changing it for all threads
+        file = open(beside, "xb", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks; no process removes a file there
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if beside.exists():
+            return file, beside
+        file.close()  # another process removed it as left behind before it was locked
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    with suppress(OSError):  # Windows cannot open folders, and some file systems cannot sync them
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _about(path: str | pathlib.Path, error: OSError) -> OSError:
+    """An error that names a path, and not a temporary file or nothing at all."""
+    if error.errno is None:
+        return OSError(f"{str(path)!r} could not be written: {error}")
+    return OSError(error.errno, error.strerror, str(path))  # of the subclass that goes with the number
 
 
 def _open(path: Any, suffix: str) -> Any:

@@ -1,19 +1,15 @@
 """Replay buffers as files of plain arrays.
 
 A file is a ZIP archive, as NumPy's ``.npz`` files are: ``header.json`` says what buffer it was, and ``NAME.npy`` holds
-each array. Nothing in it is a pickle, so that reading one runs no code. It is written beside its place and then
-renamed, so that a crash leaves the earlier file whole.
+each array. Nothing in it is a pickle, so that reading one runs no code.
 """
 
 import hashlib
 import json
-import os
 import pathlib
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import IO, Any
 
 import numpy as np
@@ -21,7 +17,7 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_scratch_dqn.checks import Space
-from sb3_scratch_dqn.files import Path
+from sb3_scratch_dqn.files import Path, replacing
 from sb3_scratch_dqn.replay import ScratchReplayBuffer, Stacking
 from sb3_scratch_dqn.replay.frames import StackedFrames
 from sb3_scratch_dqn.replay.observations import Array
@@ -40,6 +36,7 @@ def write_replay_buffer(buffer: ScratchReplayBuffer, path: Path) -> None:
 
     :param buffer: the buffer
     :param path: where to, or a binary file that is open for writing; a path without a suffix gets ``.npz``
+    :raises OSError: if it cannot be written; an earlier file stays whole
     """
     arrays = buffer.store.arrays(buffer.used_rows)
     header: dict[str, Any] = {
@@ -165,35 +162,13 @@ def _read(file: IO[bytes], what: str) -> tuple[dict[str, Any], dict[str, Array]]
     return header, arrays
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes its place when all is written."""
-    if not isinstance(path, str | pathlib.Path):
-        if not hasattr(path, "write"):
-            raise ValueError(f"path={path!r} must be a path or an open binary file")
-        yield path  # type: ignore[misc]  # a file that is written needs no more than this
-        return
-    place = pathlib.Path(path)
-    if place.suffix == "":
-        place = place.with_suffix(SUFFIX)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o666 & ~_umask())  # mkstemp keeps others out
-        os.replace(beside, place)
-    except BaseException:
-        pathlib.Path(beside).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _writing(path: Path) -> AbstractContextManager[IO[bytes]]:
+    if isinstance(path, str | pathlib.Path):
+        place = pathlib.Path(path)
+        return replacing(place if place.suffix else place.with_suffix(SUFFIX))
+    if not hasattr(path, "write"):
+        raise ValueError(f"path={path!r} must be a path or an open binary file")
+    return nullcontext(path)  # type: ignore[arg-type]  # a file that is written needs no more than this
 
 
 def describe_space(space: Space) -> dict[str, Any]:

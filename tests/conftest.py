@@ -1,9 +1,10 @@
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -16,16 +17,17 @@ from sb3_scratch_dqn.engines.recording import CannotRecordError, Recorder
 
 @pytest.fixture(scope="session", autouse=True)
 def _temporary_folder(tmp_path_factory):
-    """Let all that SB3 leaves in the temporary folder go when the tests have ended."""
-    before = os.environ.get("TMPDIR")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TMPDIR"], tempfile.tempdir = folder, None
-        yield
-        tempfile.tempdir = None
-        if before is None:
-            del os.environ["TMPDIR"]
-        else:
-            os.environ["TMPDIR"] = before
+    """Remove the folders that SB3 leaves in the temporary one, one at each training."""
+    folder, before = tmp_path_factory.mktemp("temporary"), os.environ.get("TMPDIR")
+    os.environ["TMPDIR"], tempfile.tempdir = str(folder), None
+    yield
+    for left in folder.glob("SB3-*"):
+        shutil.rmtree(left)
+    tempfile.tempdir = None
+    if before is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = before
 
 
 @pytest.fixture(autouse=True)

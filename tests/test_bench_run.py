@@ -1,10 +1,17 @@
 """Runs of a comparison: what is in their files, that they can be stopped and gone on with, and what is refused."""
 
+import errno
+import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -13,9 +20,10 @@ import numpy as np
 import psutil
 import pytest
 import torch as th
+from joblib import parallel
 from joblib.externals.loky import get_reusable_executor
 
-from sb3_scratch_dqn.bench import grid
+from sb3_scratch_dqn.bench import grid, machine
 from sb3_scratch_dqn.bench.__main__ import main
 from sb3_scratch_dqn.bench.grid import Progress
 from sb3_scratch_dqn.bench.plan import Run, evaluation_steps, experiment, file_name, make_plan
@@ -140,6 +148,62 @@ def test_a_run_that_was_killed_goes_on_and_leaves_the_same_files(finished, tmp_p
     assert all((tmp_path / path).stat().st_mtime_ns == stamp for path, stamp in kept.items())
 
 
+KILLED_AT_ONCE = """
+import os, signal, subprocess, sys
+
+with open(sys.argv[2], "w") as output:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sb3_scratch_dqn.bench.experiment", str(os.getpid()), "1"],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+    )
+process.stdin.write(sys.argv[1].encode())
+process.stdin.close()
+print(process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_ends_when_what_started_it_was_killed_while_it_was_importing(tmp_path):
+    run = json.dumps(asdict(Run("dqn", "CartPole-v1", 0, 10**8, 1, 1)))
+    command = [sys.executable, "-c", KILLED_AT_ONCE, run, str(tmp_path / "output.txt")]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    process = psutil.Process(int(killed.stdout))
+    assert process.is_running()
+    left = psutil.wait_procs([process], timeout=30)[1]
+    for one in left:
+        one.kill()
+    assert left == []
+    assert (tmp_path / "output.txt").read_text() == ""  # nothing went wrong: it ended by itself
+
+
+def test_a_process_whose_parent_has_ended_already_ends_before_it_does_anything(monkeypatch):
+    class EndedError(Exception):
+        pass
+
+    def end(code):
+        raise EndedError(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    machine.end_with.cache_clear()
+    with pytest.raises(EndedError, match="1"):
+        machine.end_with(os.getpid())  # which is not its own parent
+
+
+def test_processes_of_loky_end_with_this_one_from_their_beginning_on(monkeypatch):
+    class Loky:
+        def configure(self, n_jobs, **settings):
+            return settings
+
+    monkeypatch.setitem(parallel.BACKENDS, "loky", Loky)
+    with grid._loky(None, 2) as at_a_time:
+        settings = parallel.BACKENDS["loky"]().configure(n_jobs=at_a_time)
+    assert settings == {"initializer": machine.end_with, "initargs": (os.getpid(),)}
+    assert parallel.BACKENDS["loky"] is Loky
+
+
 def test_what_is_there_is_not_made_again(finished, capsys, monkeypatch):
     monkeypatch.setattr(grid, "execute", None)
     main(["run", *GRID, "--out", str(finished)])
@@ -171,6 +235,146 @@ def test_a_run_that_fails_is_recorded_and_told(environments, tmp_path, capsys):
             with pytest.raises(SystemExit):
                 main([*arguments, *more])
             assert bool(tried) == bool(more)
+
+
+@pytest.fixture
+def known_runs(finished, monkeypatch):
+    """Lets runs be executed in no time, with the results of others; the list of those that were."""
+    executed = []
+
+    def execute(run):
+        executed.append(str(run.path))
+        return json.loads((finished / run.path).read_text())
+
+    monkeypatch.setattr(grid, "execute", execute)
+    return executed
+
+
+def ends(*arguments):
+    """The status that the command ends with."""
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *arguments])
+    return ended.value.code
+
+
+def test_a_run_whose_file_cannot_be_written_is_told_and_made_again(finished, known_runs, tmp_path, capsys, monkeypatch):
+    arguments = [*GRID, "--jobs", "1", "--out", str(tmp_path)]
+    path = tmp_path / "CartPole-v1" / "dqn" / "seed_0.json"
+    move = os.replace
+
+    def replace(source, target):
+        if target == path:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        move(source, target)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", replace)
+        assert ends(*arguments) == 1
+    told = capsys.readouterr()
+    assert f"\n{path} could not be written: No space left on device\n" in told.err
+    assert "\n1 of 4 runs could not be written; the same command makes them again\n" in told.err
+    assert "3 of 4 runs are done" in told.out
+    assert "Traceback" not in told.err
+    assert len(known_runs) == 4
+    assert len(list(tmp_path.rglob("seed_*"))) == len(files(tmp_path)) == 3
+    assert list(path.parent.iterdir()) == [path.with_name("seed_1.json")]
+    known_runs.clear()
+    main(["run", *arguments])
+    assert known_runs == [str(path.relative_to(tmp_path))]
+    assert files(tmp_path) == files(finished)
+
+
+def test_a_folder_that_is_removed_in_the_middle_ends_no_other_run(known_runs, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    execute = grid.execute
+
+    def remove_and_execute(run):
+        with suppress(FileNotFoundError):
+            (tmp_path / "here").rmdir()
+        return execute(run)
+
+    monkeypatch.setattr(grid, "execute", remove_and_execute)
+    assert ends(*GRID, "--jobs", "1", "--out", "results") == 1
+    told = capsys.readouterr().err
+    for path in known_runs:
+        assert f"\n{Path('results', path)} could not be written: No such file or directory\n" in told
+    assert "\n4 of 4 runs could not be written" in told
+
+
+def test_nowhere_to_tell_how_far_it_is_ends_no_run(finished, known_runs, tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    main(["run", *GRID, "--jobs", "1", "--out", str(tmp_path)])
+    assert files(tmp_path) == files(finished)
+
+
+PROCESS = """#!{python} -S
+import json, os, subprocess, sys, time
+
+run, (parent, answer) = json.loads(sys.stdin.read()), map(int, sys.argv[3:])
+assert parent == os.getppid()
+os.set_inheritable(answer, True)
+"""
+
+
+@pytest.fixture
+def process_of_runs(tmp_path, monkeypatch):
+    """Lets a script take the place of the processes of runs."""
+
+    def replace(script):
+        place = tmp_path / "process"
+        place.write_text(PROCESS.format(python=sys.executable) + script)
+        place.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(place))
+
+    return replace
+
+
+A_RUN = Run("dqn", "CartPole-v1", 3, 400, 2, 2)
+
+
+def test_a_run_needs_no_room_for_temporary_files(process_of_runs, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("mkdtemp", "mkstemp", "gettempdir", "_get_default_tempdir"):
+        monkeypatch.setattr(tempfile, name, full)
+    process_of_runs("print('x' * 10**6); os.write(answer, json.dumps({**run, 'long': 'y' * 10**6}).encode())")
+    known = grid.execute(A_RUN)
+    assert known.pop("long") == "y" * 10**6
+    assert known == {**asdict(A_RUN), "gym_packages": []}
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("print('a' + 'b' * 3000 + 'c' * 3999); sys.exit(3)", f"code 3; it printed: {'c' * 3999}\n"),
+        ("os.write(answer, b'{\"half\": '); os.kill(os.getpid(), 9)", "code -9; it printed: "),
+        ("os.write(1, b'\\xff'); sys.exit(1)", "code 1; it printed: \ufffd"),
+        ("subprocess.Popen(['sleep', '20'], close_fds=False); print('end')", "code 0; it printed: end\n"),
+        ("subprocess.Popen(['yes']); sys.exit(2)", "code 2; it printed: "),
+    ],
+    ids=["status", "half an answer", "no text", "a process that stays", "a process that goes on printing"],
+)
+def test_a_process_that_gives_no_answer_has_failed(script, told, process_of_runs):
+    process_of_runs(script)
+    before = time.perf_counter()
+    known = grid.execute(A_RUN)
+    assert time.perf_counter() - before < 10
+    assert (known["status"], known["seed"], known["error"]["type"]) == ("failed", 3, "ProcessEnded")
+    assert f"its process ended with {told}" in known["error"]["message"]
+
+
+def test_a_process_that_cannot_be_started_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    known = grid.execute(A_RUN)
+    assert known["status"] == "failed"
+    assert known["error"]["type"] == "FileNotFoundError"
+    assert known["error"]["message"].startswith("its process could not be run: [Errno 2] No such file")
 
 
 SETTINGS_FILE = """

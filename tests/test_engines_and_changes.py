@@ -19,6 +19,7 @@ from gymnasium import spaces
 from helpers import TimeoutEnv, assert_equal
 from recorded import assert_close
 from served import SETTINGS, LargerImageEnv, make, net
+from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
@@ -446,3 +447,42 @@ def test_extractors_that_view_their_images_are_served():
     kwargs = {"features_extractor_class": Viewing}
     model = ScratchDQN("CnnPolicy", LargerImageEnv(), policy_kwargs=kwargs, **{**SETTINGS, "buffer_size": 100})
     assert model.learn(60)._n_updates == 5
+
+
+# Mixed precision
+
+
+@pytest.mark.parametrize("head", ["expected", "c51", "quantile", "iqn"])
+def test_autocast_is_heeded_for_as_long_as_it_lasts(head):
+    settings = {**SETTINGS, "policy_kwargs": {"head": head, "dueling": True, "noisy": True}, "double_q": True}
+    auto, eager = (ScratchDQN("MlpPolicy", TimeoutEnv(), engine=engine, **settings) for engine in ("auto", "eager"))
+    fastest = auto._engine.title
+    for model in (auto, eager):
+        model.policy.load_state_dict(eager.policy.state_dict())
+        with th.autocast("cpu", dtype=th.bfloat16):
+            model.set_random_seed(0)
+            model.learn(60)
+    assert auto._engine.title == "the fused engine with autograd"
+    for name, value in eager.policy.state_dict().items():
+        assert value.dtype == th.float32
+        # Of 16 bits, in which a rounding error is another one than in 32, there are 8 digits
+        np.testing.assert_allclose(auto.policy.state_dict()[name], value, rtol=0.05, atol=0.02)
+    auto.learn(20)
+    assert auto._engine.title == fastest
+
+
+def test_autocast_computes_what_sb3_computes():
+    models = []
+    for make_model, more in ((DQN, {}), (ScratchDQN, {"engine": "eager"})):
+        model = make_model("MlpPolicy", TimeoutEnv(), **{**SETTINGS, **more})
+        with th.autocast("cpu", dtype=th.bfloat16):
+            model.set_random_seed(0)
+            models.append(model.learn(100))
+    assert_equal(*(model.policy.state_dict() for model in models))
+
+
+def test_autocast_is_named_where_the_fused_engine_is_asked_for():
+    model = make("defaults", "fused", verbose=1).learn(60)
+    with th.autocast("cpu", dtype=th.bfloat16):
+        model.learn(20)
+        assert model._engine.title == "the fused engine with autograd"

@@ -8,6 +8,7 @@ from helpers import DictEnv, TimeoutEnv
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvWrapper, VecNormalize
@@ -308,3 +309,93 @@ def test_policies_take_masks_of_zeros_and_ones(dtype):
     assert action == np.where(mask, values, -np.inf).argmax()
     with pytest.raises(ValueError, match="must allow at least one action"):
         model.policy.predict(np.zeros(3, np.float32), action_masks=np.zeros(3, dtype=dtype))
+
+
+# Masks that are no methods
+
+
+class PropertyEnv(MaskedEnv):
+    """Its masks are a property, that changes with each step."""
+
+    mask = np.ones(3, bool)
+    action_masks = property(lambda self: self.mask)
+
+
+class ArrayEnv(TimeoutEnv):
+    """Its mask is an array, the same all the time."""
+
+    action_masks = np.array([True, False, True])
+
+    def step(self, action):
+        assert action != 1
+        return super().step(action)
+
+
+class NoneEnv(TimeoutEnv):
+    action_masks = None
+
+
+class ReturnsNoneEnv(TimeoutEnv):
+    def action_masks(self):
+        return None
+
+
+class ListEnv(ArrayEnv):
+    action_masks = (1, 0, 1)
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("env", [PropertyEnv, ArrayEnv, ListEnv, lambda: MaskInInfo(ArrayEnv())])
+def test_masks_may_be_properties_and_arrays(env, n_envs, engine):
+    model = ScratchDQN("MlpPolicy", make_vec_env(env, n_envs=n_envs, seed=0), engine=engine, **SETTINGS).learn(120)
+    masks = model.replay_buffer.store.action_masks[: model.replay_buffer.pos]
+    assert not masks.all()
+    if env is PropertyEnv:
+        np.testing.assert_array_equal(masks, model.replay_buffer.observations[: len(masks)] == 1)
+        with pytest.raises(AssertionError, match="action 1 is not allowed"):
+            PropertyEnv.step(type("Env", (PropertyEnv,), {"mask": np.array([1, 0, 1])})(), 1)
+
+
+@pytest.mark.parametrize(
+    ("env", "settings"),
+    [
+        *((env, {"engine": engine}) for env in (NoneEnv, ReturnsNoneEnv) for engine in ("auto", "eager")),
+        (NoneEnv, {"replay_buffer_class": ReplayBuffer}),
+    ],
+)
+def test_none_is_no_mask(env, settings):
+    model = ScratchDQN("MlpPolicy", env(), **SETTINGS, **settings).learn(60)
+    assert model._masks is None
+    reference = ScratchDQN("MlpPolicy", TimeoutEnv(), **SETTINGS, **settings).learn(60)
+    np.testing.assert_array_equal(model.replay_buffer.observations[:60], reference.replay_buffer.observations[:60])
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning")
+def test_none_is_no_mask_in_other_processes():
+    envs = SubprocVecEnv([ReturnsNoneEnv, ReturnsNoneEnv], start_method="fork")
+    model = ScratchDQN("MlpPolicy", envs, **SETTINGS).learn(20)
+    assert model._masks is None
+    model.env.close()
+
+
+@pytest.mark.parametrize("value", [np.ones(2, bool), np.ones((3, 3), bool), True, {"left": True}])
+def test_attributes_that_are_no_masks_are_named_with_their_shape(value):
+    class Strange(TimeoutEnv):
+        action_masks = value
+
+    shape = str(np.shape(value)).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=rf"action_masks of environment 0 are of shape {shape}, but must have"):
+        ScratchDQN("MlpPolicy", Strange(), **SETTINGS).learn(20)
+
+
+def test_masks_that_end_are_named():
+    class Ends(TimeoutEnv):
+        calls = 0
+
+        def action_masks(self):
+            self.calls += 1
+            return None if self.calls > 5 else np.ones(3, bool)
+
+    with pytest.raises(ValueError, match="action_masks of environment 0 are None, but must have the shape"):
+        ScratchDQN("MlpPolicy", Ends(), **SETTINGS).learn(20)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -354,3 +355,39 @@ def test_sampled_tensors_do_not_share_memory_with_the_buffer(env):
             if isinstance(tensor, th.Tensor):
                 tensor.zero_()
     assert_equal(before, replay_contents(buffer))
+
+
+# Windows that are longer than anything
+
+
+@pytest.mark.parametrize("n_steps", [400, 10**9])
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_a_window_of_any_length_is_that_of_its_episode(n_steps, n_envs):
+    rng = np.random.default_rng(0)
+    long, longest = (
+        ScratchReplayBuffer(700 * n_envs, VECTOR, ACTIONS, device="cpu", n_envs=n_envs, n_steps=n, gamma=0.99)
+        for n in (n_steps, 700)
+    )
+    for step in range(1000):  # around the ring, with episodes of up to 300 steps
+        row = rng.normal(size=(2, n_envs, *VECTOR.shape)).astype(np.float32)
+        done = np.full(n_envs, step % 300 == 299)
+        reward = rng.normal(size=n_envs)
+        for buffer in (long, longest):
+            buffer.add(row[0], row[1], np.zeros(n_envs, int), reward, done, [{}] * n_envs)
+    for _ in range(3):
+        state = np.random.get_state()
+        batch = long.sample_batch(256)
+        np.random.set_state(state)
+        oracle = longest.sample_batch(256)
+        for name in ("returns", "discounts"):
+            np.testing.assert_allclose(getattr(batch, name), getattr(oracle, name), rtol=1e-4, atol=1e-5)
+        assert th.equal(batch.next_observations, oracle.next_observations)
+
+
+def test_a_window_is_never_longer_than_the_buffer():
+    model = ScratchDQN("MlpPolicy", "CartPole-v1", n_steps=10**9, buffer_size=1000, learning_starts=0, seed=0)
+    begin = time.perf_counter()
+    model.learn(200)
+    assert time.perf_counter() - begin < 10, "it asked for 238 GiB before, and 100,000 steps took 5 s"
+    returns = model.replay_buffer.sample_batch(32).returns
+    assert returns.max() > 5

@@ -12,7 +12,6 @@ import tempfile
 import time
 import traceback
 import warnings
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -112,7 +111,7 @@ def train(run: Run) -> dict[str, Any]:
         # The same file again, should the run be repeated: no kernel is chosen by the clock
         th.use_deterministic_algorithms(True, warn_only=True)
         th.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is made so
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         manager, as_in_file, settings = experiment(run, folder)
         env = manager.create_envs(manager.n_envs, no_log=True)
         settings = manager._preprocess_action_noise(settings, as_in_file, env)
@@ -156,8 +155,13 @@ def describe(run: Run) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read a run from stdin, train, and write what is known of it to the file that the command line names."""
-    end_with(os.getppid())
+    """Read a run from stdin, train, and write what is known of it to an open file.
+
+    The command line has two numbers: the id of the process that started this one, and the file's descriptor.
+    """
+    parent, answer = map(int, sys.argv[1:])
+    end_with(parent)
+    os.set_inheritable(answer, False)
     fields = json.loads(sys.stdin.read())
     run = Run(**{**fields, "gym_packages": tuple(fields["gym_packages"])})
     th.set_num_threads(1)
@@ -168,7 +172,8 @@ def main() -> None:
     except Exception as error:
         known.update(status="failed", settings=run.conditions(), error=_told(error))
     known["wall_seconds"] = round(time.perf_counter() - begin, 1)
-    Path(sys.argv[1]).write_text(json.dumps(known))
+    with open(answer, "w") as file:
+        json.dump(known, file)
 
 
 def _told(error: BaseException) -> dict[str, str]:

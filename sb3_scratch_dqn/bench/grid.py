@@ -6,26 +6,29 @@ joblib hands the runs out, whatever it is that works on them; each run is a proc
 
 import json
 import os
+import selectors
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, delayed, parallel, parallel_config, register_parallel_backend
 
 from sb3_scratch_dqn.bench.machine import ONE_THREAD, end_with, n_cores
 from sb3_scratch_dqn.bench.plan import Run, experiment, hyperparameters
 from sb3_scratch_dqn.bench.results import Result, check_place, read_result, result_of
+from sb3_scratch_dqn.files import remove_leftover, replacing
 
 BACKENDS = ("loky", "ray", "dask")
 
 _KEPT_OF_OUTPUT = 4_000  # characters, of a process that broke down
+_READ_AT_ONCE = 2**16  # bytes
+_MOST_READS_OF_A_PIPE = 2**20 // _READ_AT_ONCE  # no pipe holds more than a megabyte
 
 
 def execute(run: Run) -> dict[str, Any]:
@@ -34,32 +37,73 @@ def execute(run: Run) -> dict[str, Any]:
     :param run: the run
     :return: what is known of it, ready for JSON; its status is ``"failed"`` if something went wrong
     """
-    with tempfile.TemporaryDirectory() as folder:
-        answer, output = Path(folder, "run.json"), Path(folder, "output.txt")
-        with output.open("w") as printed:
+    try:
+        answer, printed, code = _answer(run)
+    except OSError as error:
+        return _failed(run, type(error).__name__, f"its process could not be run: {error}")
+    try:
+        known: dict[str, Any] = json.loads(answer)
+    except ValueError:
+        return _failed(run, "ProcessEnded", f"its process ended with code {code}; it printed: {printed}")
+    return known
+
+
+def _answer(run: Run) -> tuple[bytes, str, int]:
+    """What the process of a run answers, the last of what it prints, and its exit status."""
+    # Pipes need no room on a disk
+    receiving, sending = os.pipe()
+    try:
+        try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "sb3_scratch_dqn.bench.experiment", str(answer)],
+                [sys.executable, "-m", "sb3_scratch_dqn.bench.experiment", str(os.getpid()), str(sending)],
                 stdin=subprocess.PIPE,
-                stdout=printed,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **ONE_THREAD},
-                text=True,
+                bufsize=0,
+                pass_fds=[sending],
             )
+        finally:
+            os.close(sending)
+        with process:
             try:
                 assert process.stdin is not None
-                process.stdin.write(json.dumps(asdict(run)))
+                with suppress(BrokenPipeError):  # it has ended already
+                    process.stdin.write(json.dumps(asdict(run)).encode())
                 process.stdin.close()
+                answer, printed = _receive(process, receiving)
                 process.wait()
             finally:
                 process.kill()
-                process.wait()
-        if answer.is_file():
-            known: dict[str, Any] = json.loads(answer.read_text())
-            return known
-        message = (
-            f"its process ended with code {process.returncode}; it printed: {output.read_text()[-_KEPT_OF_OUTPUT:]}"
-        )
-        return _failed(run, "ProcessEnded", message)
+    finally:
+        os.close(receiving)
+    return answer, printed.decode(errors="replace")[-_KEPT_OF_OUTPUT:], process.returncode
+
+
+def _receive(process: subprocess.Popen[bytes], answers: int) -> tuple[bytes, bytes]:
+    """Read what comes through the pipes of a process until it has ended, all of the answer and the last of the rest."""
+    assert process.stdout is not None
+    output = process.stdout.fileno()
+    received = {answers: b"", output: b""}
+    # Processes that it leaves behind may keep the pipes open, and may go on printing. After its end, only what is in
+    # the pipes already is read
+    reads_after_end = 0
+    with selectors.DefaultSelector() as selector:
+        for pipe in received:
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map() and reads_after_end < _MOST_READS_OF_A_PIPE:
+            ended = process.poll() is not None
+            ready = selector.select(0 if ended else 0.2)
+            if ended and not ready:
+                break
+            reads_after_end += ended
+            for pipe in (key.fd for key, _ in ready):
+                chunk = os.read(pipe, _READ_AT_ONCE)
+                if not chunk:
+                    selector.unregister(pipe)
+                received[pipe] += chunk
+            received[output] = received[output][-4 * _KEPT_OF_OUTPUT :]  # a character has 4 bytes at most
+    return received[answers], received[output]
 
 
 def _failed(run: Run, kind: str, message: str) -> dict[str, Any]:
@@ -94,7 +138,18 @@ def _cluster(backend: str, address: str | None, jobs: int | None) -> Iterator[in
 
 @contextmanager
 def _loky(_: str | None, jobs: int | None) -> Iterator[int]:
-    yield jobs or n_cores()
+    usual: Any = parallel.BACKENDS["loky"]
+
+    class Watching(usual):  # type: ignore[misc]  # joblib has no types
+        # Without this, its processes wait five minutes for another run after this process was killed
+        def configure(self, *args: Any, **settings: Any) -> Any:
+            return super().configure(*args, **settings, initializer=end_with, initargs=(os.getpid(),))
+
+    register_parallel_backend("loky", Watching)
+    try:
+        yield jobs or n_cores()
+    finally:
+        register_parallel_backend("loky", usual)
 
 
 @contextmanager
@@ -112,7 +167,6 @@ def _dask(address: str | None, jobs: int | None) -> Iterator[int]:
 @contextmanager
 def _ray(address: str | None, jobs: int | None) -> Iterator[int]:
     import ray
-    from joblib import register_parallel_backend
     from ray.util.joblib.ray_backend import RayBackend
 
     class Unordered(RayBackend):  # type: ignore[misc]  # Ray has no types for it
@@ -146,7 +200,7 @@ def run_all(
     :param address: of the cluster to join; ``None`` makes one of this machine
     :param jobs: runs at a time; ``None`` for as many as there are processors
     :param retry_failed: execute those again that failed
-    :return: all results, in the order of the plan
+    :return: all results, in the order of the plan; a run whose file could not be written is not done
     :raises ValueError: if a file in the folder is broken, or was made with other settings
     """
     results: dict[Run, Result] = {}
@@ -166,25 +220,29 @@ def run_all(
     with _cluster(backend, address, jobs) as at_a_time:
         _tell(f"{len(waiting)} to go, {at_a_time} at a time; a line for each that is done")
         progress = Progress(plan, results, at_a_time)
-        parallel = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
-        tasks = (delayed(_numbered)(number, run, os.getpid(), backend) for number, run in enumerate(waiting))
-        for known in parallel(tasks):
+        execute_all = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
+        unwritten: dict[Run, Result] = {}
+        for known in execute_all(delayed(_numbered)(number, run) for number, run in enumerate(waiting)):
             run = waiting[known.pop("number")]
             try:
                 result = result_of(known, str(out / run.path))
             except ValueError as error:  # as what another version on a machine of a cluster gives may be refused
                 known = _failed(run, "ValueError", str(error))
                 result = result_of(known, str(out / run.path))
-            write(known, out / run.path)
+            try:
+                write(known, out / run.path)
+            except OSError as error:  # a full disk may have room again when the other runs are done
+                told = f"could not be written: {error.strerror or error}"
+                _tell(f"{out / run.path} {told}")
+                unwritten[run] = replace(result, done=False, error=f"its file {told}")
             results[run] = result
-            progress.finished(run, results[run])
-    return [results[run] for run in plan]
+            progress.finished(run, result)
+    if unwritten:
+        _tell(f"{len(unwritten)} of {len(plan)} runs could not be written; the same command makes them again")
+    return [unwritten.get(run, results[run]) for run in plan]
 
 
-def _numbered(number: int, run: Run, wanted_by: int, backend: str) -> dict[str, Any]:
-    if os.getpid() != wanted_by:  # as it is with one run at a time
-        # A process of loky may get its next run when the one that wanted it has just been killed
-        end_with(wanted_by if backend == "loky" else os.getppid())
+def _numbered(number: int, run: Run) -> dict[str, Any]:
     return {**execute(run), "number": number}
 
 
@@ -193,11 +251,11 @@ def write(known: dict[str, Any], path: Path) -> None:
 
     :param known: what is known of the run
     :param path: of the file
+    :raises OSError: if it cannot be written; the error names the file
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(_readable(known) + "\n")
-    beside.replace(path)
+    remove_leftover(path.with_suffix(".tmp"))  # of an earlier version
+    with replacing(path) as file:
+        file.write(f"{_readable(known)}\n".encode())
 
 
 def _readable(known: dict[str, Any]) -> str:
@@ -239,7 +297,8 @@ def _current_hyperparameters(algo: str, env: str, same_settings: str | None) -> 
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # stderr may be a file on a full disk, and the results on another disk
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:

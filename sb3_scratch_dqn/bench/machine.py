@@ -29,9 +29,10 @@ _PACKAGES = ("sb3-scratch-dqn", "stable-baselines3", "sb3-contrib", "rl_zoo3", "
 
 @cache
 def end_with(parent: int) -> None:
-    """Let this process end when its parent has ended, or if that was so already.
+    """Let this process end when its parent has ended, and at once if that is so already.
 
-    :param parent: the process that should have started this one
+    :param parent: the id of the process that started this one. That process must pass it in: after its death,
+        ``os.getppid()`` gives the id of another one
     """
 
     def watch() -> None:
@@ -39,6 +40,8 @@ def end_with(parent: int) -> None:
             time.sleep(0.5)
         os._exit(1)
 
+    if os.getppid() != parent:
+        os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 

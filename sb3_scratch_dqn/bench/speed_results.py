@@ -10,6 +10,7 @@ import numpy as np
 
 from sb3_scratch_dqn.bench.stats import Estimate
 from sb3_scratch_dqn.bench.timing import table
+from sb3_scratch_dqn.files import replacing
 
 _FILE = "speed.json"
 _FORMAT = 1
@@ -114,11 +115,9 @@ def save_speed(measured: Sequence[Measured], folder: Path) -> Path:
         case["contestants"] = {
             name: {"error": one} if isinstance(one, str) else one._asdict() for name, one in case["contestants"].items()
         }
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / _FILE
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps({"format": _FORMAT, "cases": cases}, indent=1) + "\n")
-    beside.replace(path)
+    with replacing(path) as file:
+        file.write(f"{json.dumps({'format': _FORMAT, 'cases': cases}, indent=1)}\n".encode())
     return path
 
 
