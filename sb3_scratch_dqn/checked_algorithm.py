@@ -21,7 +21,7 @@ from stable_baselines3.common.save_util import data_to_json, load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_scratch_dqn.checks import check_device, check_same_spaces
+from sb3_scratch_dqn.checks import check_device, check_environment, check_same_spaces, shown
 from sb3_scratch_dqn.files import (
     Path,
     check_saved_by,
@@ -132,6 +132,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         saved = read_model_settings(path)
         check_saved_by(cls.__name__, path, saved, cls.own_settings)
         if env is not None:
+            check_environment(env)
             verbose = saved.get("verbose", 0)
             env = cls._wrap_env(maybe_make_env(env, verbose), verbose)
             check_same_spaces("env", env, *read_spaces(saved, custom_objects))
@@ -146,6 +147,16 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         except (pickle.UnpicklingError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"path={path!r} is a damaged model file: {reason}") from error
+
+    def save(self, path: Path, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
+        """Save the model: settings, counters, networks and optimiser, but not the replay buffer.
+
+        :param path: the file; without a suffix it gets ``.zip``
+        :param exclude: names of settings to leave out; they have their defaults when the model is loaded
+        :param include: names of attributes that would be left out otherwise
+        :raises ValueError: if these are no names
+        """
+        super().save(path, _names("exclude", exclude), _names("include", include))
 
     def save_replay_buffer(self, path: Path) -> None:
         """Save the replay buffer: a :class:`ScratchReplayBuffer` as plain arrays, one of another class as a pickle.
@@ -208,6 +219,16 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
                 buffer.truncate_last_trajectory()
         buffer.device = self.device
         self.replay_buffer = buffer
+
+
+def _names(name: str, value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    # A string would be one letter after the other
+    names = None if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    if names is None or not all(isinstance(one, str) for one in names):
+        raise ValueError(f"{name}={shown(value)} must be None or a list of names of attributes")
+    return names
 
 
 _FIRST_BYTE_OF_PICKLES = b"\x80"

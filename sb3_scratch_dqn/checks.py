@@ -23,45 +23,73 @@ Space = spaces.Space[Any]
 FREQUENCY_UNITS = ("step", "episode")
 
 
+_LONGEST_SHOWN = 200  # characters
+
+
+def shown(value: Any) -> str:
+    """Represent a value in a message: on one line, and not all of it if it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def _as_float(value: Any) -> float:
+    """A real number as a ``float``, infinite if that is too small for it; NaN for what is no real number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return -math.inf if value < 0 else math.inf
+
+
 def check_count(name: str, value: Any, minimum: int = 1) -> int:
     """Refuse what is not a whole number of at least ``minimum``; 1e4 is one.
 
     :return: the number as an ``int``
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value != int(value) or value < minimum:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {minimum}")
+    if not math.isfinite(_as_float(value)) or value != int(value) or value < minimum:
+        raise ValueError(f"{name}={shown(value)} must be a whole number of at least {minimum}")
+    if value >= 2**63:
+        raise ValueError(f"{name}={shown(value)} must be a whole number below 2**63")
     return int(value)
 
 
-def check_fraction(name: str, value: Any) -> None:
-    """Refuse what is not a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-        raise ValueError(f"{name}={value!r} must be a number between 0 and 1")
+def check_fraction(name: str, value: Any) -> Any:
+    """Refuse what is not a number in [0, 1].
+
+    :return: the number, of a type that PyTorch and NumPy take
+    """
+    if not 0 <= _as_float(value) <= 1:
+        raise ValueError(f"{name}={shown(value)} must be a number between 0 and 1")
+    return value if isinstance(value, int | float | np.number) else float(value)
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Refuse what is not a number above 0; infinity is one."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
-        raise ValueError(f"{name}={value!r} must be a number above 0")
+def check_positive(name: str, value: Any) -> Any:
+    """Refuse what is not a number above 0; infinity is one.
+
+    :return: the number, of a type that PyTorch and NumPy take
+    """
+    if not _as_float(value) > 0:
+        raise ValueError(f"{name}={shown(value)} must be a number above 0")
+    return value if isinstance(value, float | np.number) else _as_float(value)
 
 
 def check_number(name: str, value: Any) -> None:
     """Refuse what is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be a finite number")
+    if not math.isfinite(_as_float(value)):
+        raise ValueError(f"{name}={shown(value)} must be a finite number")
 
 
 def check_not_negative(name: str, value: Any) -> None:
     """Refuse what is not a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-        raise ValueError(f"{name}={value!r} must be a number of at least 0")
+    if not 0 <= _as_float(value) < math.inf:
+        raise ValueError(f"{name}={shown(value)} must be a number of at least 0")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Refuse what is not among ``choices``."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name}={shown(value)} is unknown: choose one of {', '.join(map(repr, choices))}")
 
 
 def check_makes_module(name: str, factory: Any) -> None:
@@ -82,41 +110,65 @@ def check_makes_module(name: str, factory: Any) -> None:
             made = None
     if not isinstance(made, nn.Module):
         raise ValueError(
-            f"{name}={factory!r} must be a subclass of torch.nn.Module, or a function without arguments that makes one"
+            f"{name}={shown(factory)} must be a subclass of torch.nn.Module, "
+            "or a function without arguments that makes one"
         )
 
 
 def check_subclass(name: str, value: Any, base: type) -> None:
     """Refuse what is not a class derived from ``base``."""
     if not isinstance(value, type) or not issubclass(value, base):
-        raise ValueError(f"{name}={value!r} must be a subclass of {base.__module__}.{base.__name__}")
+        raise ValueError(f"{name}={shown(value)} must be a subclass of {base.__module__}.{base.__name__}")
+
+
+def check_environment(value: Any) -> None:
+    """Refuse what is neither an environment nor a name."""
+    if not isinstance(value, str) and not (hasattr(value, "reset") and hasattr(value, "step")):
+        raise ValueError(f"env={shown(value)} must be an environment, or the name of one")
 
 
 def check_callback(value: Any) -> None:
-    """Refuse what is neither a callback of SB3, nor a function, nor a list of these."""
+    """Refuse what is neither a callback of SB3, nor a function of local and global variables, nor a list of these."""
     if isinstance(value, list):
         for one in value:
+            if one is None:
+                raise ValueError(f"callback={shown(value)} has None among its callbacks: leave it out")
             check_callback(one)
-    elif value is not None and not isinstance(value, BaseCallback) and not callable(value):
-        raise ValueError(f"callback={value!r} must be None, a BaseCallback, a function, or a list of these")
+    elif value is not None and not isinstance(value, BaseCallback) and not _takes_two(value):
+        raise ValueError(
+            f"callback={shown(value)} must be None, a BaseCallback, a function of local and global variables, "
+            "or a list of these"
+        )
+
+
+def _takes_two(function: Any) -> bool:
+    if isinstance(function, type) or not callable(function):
+        return False
+    try:
+        signature(function).bind({}, {})
+    except TypeError:
+        return False
+    except ValueError:  # a function that tells nothing of its arguments
+        pass
+    return True
 
 
 def check_folder(name: str, value: Any) -> None:
     """Refuse what is neither ``None`` nor a path."""
     if value is not None and not isinstance(value, str | os.PathLike):
-        raise ValueError(f"{name}={value!r} must be None or the path of a folder")
+        raise ValueError(f"{name}={shown(value)} must be None or the path of a folder")
 
 
 def check_dict(name: str, value: Any) -> None:
     """Refuse what is not a dict."""
     if not isinstance(value, dict):
-        raise ValueError(f"{name}={value!r} must be a dict")
+        raise ValueError(f"{name}={shown(value)} must be a dict")
 
 
 def check_flag(name: str, value: Any) -> None:
     """Refuse what is neither true nor false."""
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name}={value!r} must be True or False")
+        raise ValueError(f"{name}={shown(value)} must be True or False")
 
 
 def check_arguments(
@@ -137,7 +189,7 @@ def check_arguments(
     known = [*(parameter for parameter in parameters if parameter not in refused), *more]
     for key in value:
         if key not in known:
-            raise ValueError(f"{name}={value!r} has the unknown name {key!r}: choose from {', '.join(known)}")
+            raise ValueError(f"{name}={shown(value)} has the unknown name {key!r}: choose from {', '.join(known)}")
 
 
 def check_factory(name: str, value: Any, base: type) -> None:
@@ -187,9 +239,9 @@ def _check_numbers(name: str, value: Any) -> None:
 def check_net_arch(value: Any) -> None:
     """Refuse what is not a list of the widths of hidden layers."""
     is_list = isinstance(value, list | tuple)
-    if not is_list or any(isinstance(w, bool) or not isinstance(w, Integral) or w < 1 for w in value):
+    if not is_list or any(isinstance(w, bool) or not isinstance(w, Integral) or not 1 <= int(w) < 2**63 for w in value):
         raise ValueError(
-            f"net_arch={value!r} must be a list of whole numbers of at least 1, the widths of hidden layers"
+            f"net_arch={shown(value)} must be a list of whole numbers of at least 1, the widths of hidden layers"
         )
 
 
@@ -198,7 +250,7 @@ def check_seed(value: Any) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**32:
-        raise ValueError(f"seed={value!r} must be None or a whole number from 0 to {2**32 - 1}")
+        raise ValueError(f"seed={shown(value)} must be None or a whole number from 0 to {2**32 - 1}")
 
 
 def check_device(value: Any) -> None:
@@ -208,11 +260,13 @@ def check_device(value: Any) -> None:
     try:
         device = th.device(value)
     except (RuntimeError, TypeError):
-        raise ValueError(f"device={value!r} must be 'auto' or a device of PyTorch, such as 'cpu' or 'cuda:0'") from None
+        raise ValueError(
+            f"device={shown(value)} must be 'auto' or a device of PyTorch, such as 'cpu' or 'cuda:0'"
+        ) from None
     # Where there is no GPU at all, SB3 takes the CPU for "cuda", and so for the first one
     n_gpus = max(th.cuda.device_count(), 1)
     if device.type == "cuda" and device.index is not None and device.index >= n_gpus:
-        raise ValueError(f"device={value!r} must be 'cuda:0' to 'cuda:{n_gpus - 1}', or 'auto', on this machine")
+        raise ValueError(f"device={shown(value)} must be 'cuda:0' to 'cuda:{n_gpus - 1}', or 'auto', on this machine")
 
 
 # Points of the training at which schedules are tried: the remaining progress
@@ -229,9 +283,11 @@ def check_schedule(name: str, schedule: Callable[[float], Any], check: Callable[
     for progress in _TRIED_PROGRESS:
         try:
             value = schedule(progress)
+            if isinstance(value, np.ndarray | th.Tensor) and value.ndim == 0:
+                value = value.item()
         except Exception as error:  # whatever a function of users does
             raise ValueError(
-                f"{name}={schedule!r} must be a function of the remaining progress (1 to 0), "
+                f"{name}={shown(schedule)} must be a function of the remaining progress (1 to 0), "
                 f"but {name}({progress}) raises {type(error).__name__}: {error}"
             ) from error
         check(f"{name}({progress})", value)
@@ -245,17 +301,17 @@ def check_learning_rate(name: str, value: Any) -> Any:
     if callable(value):
         check_schedule(name, value, check_not_negative)
         return value
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+    if not 0 <= _as_float(value) < math.inf:
         raise ValueError(
-            f"{name}={value!r} must be a number of at least 0, or a function of the remaining progress (1 to 0)"
+            f"{name}={shown(value)} must be a number of at least 0, or a function of the remaining progress (1 to 0)"
         )
     return float(value)
 
 
 def check_duration(value: Any) -> None:
     """Refuse what is not a number of steps to train for; 1e5 is one."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-        raise ValueError(f"total_timesteps={value!r} must be a number of environment steps of at least 0")
+    if not 0 <= _as_float(value) < math.inf:
+        raise ValueError(f"total_timesteps={shown(value)} must be a number of environment steps of at least 0")
 
 
 def parse_frequency(name: str, value: Any) -> tuple[int, str]:
@@ -273,7 +329,7 @@ def parse_frequency(name: str, value: Any) -> tuple[int, str]:
         check_choice(name, unit, FREQUENCY_UNITS)
     except ValueError:
         raise ValueError(
-            f"{name}={value!r} must be a whole number of at least 1 (steps), "
+            f"{name}={shown(value)} must be a whole number of at least 1 (steps), "
             'or such a number and its unit, as in (4, "step") or (1, "episode")'
         ) from None
     return frequency, unit

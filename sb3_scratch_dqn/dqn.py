@@ -37,7 +37,14 @@ from sb3_scratch_dqn.replay_setup import (
     warn_of_memory,
 )
 from sb3_scratch_dqn.rollout import LeanRollouts
-from sb3_scratch_dqn.settings import check_exploration, check_learning, check_settings, extras, with_settings
+from sb3_scratch_dqn.settings import (
+    check_exploration,
+    check_learning,
+    check_settings,
+    extras,
+    read_verbose,
+    with_settings,
+)
 from sb3_scratch_dqn.subprocesses import PIPE_ERRORS, death_of_environment, deaths_end_waiting
 from sb3_scratch_dqn.support import SupportWatch
 from sb3_scratch_dqn.target_sync import sync_is_due
@@ -163,7 +170,12 @@ class ScratchDQN(LeanRollouts):
     ) -> None:
         if env is None and _init_setup_model:
             raise ValueError("env=None must be an environment, or the name of one")
+        if env is not None:
+            checks.check_environment(env)
+        if not isinstance(policy, str):
+            checks.check_subclass("policy", conversion.own_policy(policy), DQNPolicy)
         checks.check_device(device)
+        verbose = read_verbose("verbose", verbose)
         checks.check_flag("_init_setup_model", _init_setup_model)
         for name, kwargs in (("policy_kwargs", policy_kwargs), ("replay_buffer_kwargs", replay_buffer_kwargs)):
             if kwargs is not None:  # SB3 takes whatever is false for no arguments
@@ -359,7 +371,8 @@ class ScratchDQN(LeanRollouts):
             unless ``check_finite`` is off
         :raises ChildProcessError: if the process of an environment in a ``SubprocVecEnv`` ended
         """
-        self._check_learn_arguments(callback, log_interval, tb_log_name)
+        self._check_learn_arguments(callback, log_interval, tb_log_name, progress_bar)
+        checks.check_flag("reset_num_timesteps", reset_num_timesteps)
         try:
             with Interrupts() as self._interrupts, deaths_end_waiting(self.env):
                 return super().learn(
@@ -380,12 +393,13 @@ class ScratchDQN(LeanRollouts):
             vars(self).pop("_interrupts", None)
 
     @staticmethod
-    def _check_learn_arguments(callback: Any, log_interval: Any, tb_log_name: Any) -> None:
+    def _check_learn_arguments(callback: Any, log_interval: Any, tb_log_name: Any, progress_bar: Any) -> None:
         checks.check_callback(callback)
+        checks.check_flag("progress_bar", progress_bar)
         if log_interval is not None:
             checks.check_count("log_interval", log_interval)
         if not isinstance(tb_log_name, str):
-            raise ValueError(f"tb_log_name={tb_log_name!r} must be a string")
+            raise ValueError(f"tb_log_name={checks.shown(tb_log_name)} must be a string")
 
     def _setup_learn(
         self,
@@ -395,6 +409,8 @@ class ScratchDQN(LeanRollouts):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        if "policy" not in vars(self):
+            raise ValueError("_init_setup_model=False left the model without a policy: call _setup_model() first")
         # Again, because a model may have been loaded with a small buffer, which serves as long as it only predicts
         checks.check_buffer_holds_batch(self.buffer_size, self.batch_size)
         checks.check_duration(total_timesteps)
@@ -484,9 +500,9 @@ class ScratchDQN(LeanRollouts):
         :raises ValueError: for an argument that cannot work, or if the replay buffer is empty
         """
         assert self.replay_buffer is not None
-        if batch_size < 1 or gradient_steps < 0:
-            checks.check_count("batch_size", batch_size)
-            checks.check_count("gradient_steps", gradient_steps, minimum=0)
+        if not (type(batch_size) is type(gradient_steps) is int and batch_size > 0 <= gradient_steps):
+            batch_size = checks.check_count("batch_size", batch_size)
+            gradient_steps = checks.check_count("gradient_steps", gradient_steps, minimum=0)
         if not hasattr(self, "_logger"):
             self._logger = Logger(folder=None, output_formats=[])
         engine = self._current_engine()
@@ -534,7 +550,7 @@ class ScratchDQN(LeanRollouts):
             are in ``learn()``, with its ``target_update_interval``, ``train_freq`` and ``gradient_steps``
         :raises ValueError: for an argument that cannot work, or if the replay buffer is empty
         """
-        self._check_learn_arguments(callback, log_interval, tb_log_name)
+        self._check_learn_arguments(callback, log_interval, tb_log_name, progress_bar)
         steps = checks.check_count("gradient_steps", gradient_steps, minimum=0)
         interval = offline.target_interval(self, target_update_interval)
         assert self.replay_buffer is not None
@@ -568,6 +584,7 @@ class ScratchDQN(LeanRollouts):
         :raises ValueError: if its spaces differ from the model's, or it stacks no frames where ``frames=True``
         :raises AssertionError: if it is another number of environments
         """
+        checks.check_environment(env)
         env = self._wrap_env(maybe_make_env(env, self.verbose), self.verbose)
         checks.check_same_spaces("env", env, self.observation_space, self.action_space)
         buffer = buffer_for_environment(self, env)

@@ -2,6 +2,8 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from inspect import Parameter, signature
+from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +22,7 @@ from sb3_scratch_dqn.checks import (
     check_net_arch,
     check_not_negative,
     check_observation,
+    shown,
 )
 from sb3_scratch_dqn.heads import ValueHead, make_head
 from sb3_scratch_dqn.masks import Masks, check_masks, masked_argmax
@@ -126,15 +129,51 @@ class DQNPolicy(BasePolicy):
         self.q_net_target = self.make_q_net()
         self.q_net_target.load_state_dict(self.q_net.state_dict())
         self.q_net_target.set_training_mode(False)
+        self.optimizer = self._make_optimizer(lr_schedule(1))
+
+    def _make_optimizer(self, learning_rate: float) -> th.optim.Optimizer:
+        """Make the optimiser of the online network.
+
+        :raises ValueError: if the class and its arguments make none, or one that cannot take steps here
+        """
+        name = getattr(self.optimizer_class, "__name__", repr(self.optimizer_class))
+        made: Any = None
         try:
-            self.optimizer = self.optimizer_class(
+            made = self.optimizer_class(
                 self.q_net.parameters(),
-                lr=lr_schedule(1),  # type: ignore[call-arg]  # every optimiser takes it, but not their base class
+                lr=learning_rate,  # type: ignore[call-arg]  # every optimiser takes it, but not their base class
                 **self.optimizer_kwargs,
             )
-        except (TypeError, ValueError) as error:
-            name = getattr(self.optimizer_class, "__name__", self.optimizer_class)
-            raise ValueError(f"optimizer_kwargs={self.optimizer_kwargs!r} cannot be used by {name}: {error}") from error
+        except Exception as error:  # whatever a class of users does
+            raise ValueError(
+                f"optimizer_kwargs={shown(self.optimizer_kwargs)} cannot be used by optimizer_class={name}: {error}"
+            ) from error
+        if not hasattr(made, "param_groups") or not callable(getattr(made, "step", None)):
+            raise ValueError(f"optimizer_class={name} must make a torch.optim.Optimizer, but made {shown(made)}")
+        if any(one.default is Parameter.empty for one in signature(made.step).parameters.values()):
+            raise ValueError(f"optimizer_class={name} computes the loss itself, by a closure, which DQN has none of")
+        optimizer: th.optim.Optimizer = made
+        return optimizer
+
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        """Make a features extractor.
+
+        :raises ValueError: if the class and its arguments make none
+        """
+        made: Any = None
+        given = f"features_extractor_class={shown(self.features_extractor_class)}"
+        try:
+            made = super().make_features_extractor()
+        except AssertionError:  # SB3's sentence for what is no image
+            raise
+        except Exception as error:  # whatever a class of users does
+            raise ValueError(
+                f"{given} cannot be made with features_extractor_kwargs={shown(self.features_extractor_kwargs)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(made, nn.Module) or not isinstance(getattr(made, "features_dim", None), Integral):
+            raise ValueError(f"{given} must make a torch.nn.Module with features_dim, the number of features")
+        return made  # type: ignore[return-value]  # a module of another class serves as well
 
     def make_q_net(self) -> QNetwork:
         """Make a network with a features extractor of its own."""

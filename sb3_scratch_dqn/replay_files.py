@@ -5,6 +5,7 @@ each array. Nothing in it is a pickle, so that reading one runs no code.
 """
 
 import hashlib
+import io
 import json
 import pathlib
 import zipfile
@@ -16,7 +17,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-from sb3_scratch_dqn.checks import Space
+from sb3_scratch_dqn.checks import Space, shown
 from sb3_scratch_dqn.files import Path, replacing
 from sb3_scratch_dqn.replay import ScratchReplayBuffer, Stacking
 from sb3_scratch_dqn.replay.frames import StackedFrames
@@ -165,9 +166,11 @@ def _read(file: IO[bytes], what: str) -> tuple[dict[str, Any], dict[str, Array]]
 def _writing(path: Path) -> AbstractContextManager[IO[bytes]]:
     if isinstance(path, str | pathlib.Path):
         place = pathlib.Path(path)
+        if not place.name:
+            raise ValueError(f"path={str(path)!r} must name a file")
         return replacing(place if place.suffix else place.with_suffix(SUFFIX))
-    if not hasattr(path, "write"):
-        raise ValueError(f"path={path!r} must be a path or an open binary file")
+    if not hasattr(path, "write") or isinstance(path, io.TextIOBase):
+        raise ValueError(f"path={shown(path)} must be a path or an open binary file")
     return nullcontext(path)  # type: ignore[arg-type]  # a file that is written needs no more than this
 
 

@@ -1,5 +1,6 @@
 """Which settings of ScratchDQN can work, alone and beside each other."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,7 +56,12 @@ def _optional(read: Reader) -> Reader:
     return lambda name, value: None if value is None else read(name, value)
 
 
-def _read_verbose(name: str, value: Any) -> int:
+def _read_window(name: str, value: Any) -> int:
+    return min(_count(name, value), sys.maxsize)
+
+
+def read_verbose(name: str, value: Any) -> int:
+    """Read how much is printed, a count or a truth value."""
     return checks.check_count(name, int(value) if isinstance(value, bool) else value, minimum=0)
 
 
@@ -88,7 +94,7 @@ def _read_check_finite(name: str, value: Any) -> Any:
     return value
 
 
-_count, _fraction, _flag = checks.check_count, _checked(checks.check_fraction), _checked(checks.check_flag)
+_count, _fraction, _flag = checks.check_count, checks.check_fraction, _checked(checks.check_flag)
 
 # What each setting may be, whatever the others are
 READERS: dict[str, Reader] = {
@@ -106,12 +112,12 @@ READERS: dict[str, Reader] = {
     "exploration_fraction": _fraction,
     "exploration_initial_eps": _fraction,
     "exploration_final_eps": _fraction,
-    "max_grad_norm": _checked(checks.check_positive),
-    "stats_window_size": _count,
+    "max_grad_norm": checks.check_positive,
+    "stats_window_size": _read_window,
     "tensorboard_log": _checked(checks.check_folder),
     "policy_kwargs": _checked(checks.check_dict),
     "replay_buffer_kwargs": _checked(checks.check_dict),
-    "verbose": _read_verbose,
+    "verbose": read_verbose,
     "seed": _read_seed,
     "loss": _one_of(*LOSSES),
     "exploration_schedule": _read_exploration_schedule,
@@ -217,15 +223,15 @@ def check_settings(model: "ScratchDQN") -> None:
             f"replay_buffer_class={buffer_class.__name__} keeps no action masks, but env has them: "
             "leave replay_buffer_class out, or hide action_masks() of env"
         )
+    for name in ("prioritized", "handle_timeout_termination"):
+        if name in model.replay_buffer_kwargs:
+            checks.check_flag(f"replay_buffer_kwargs: {name}", model.replay_buffer_kwargs[name])
     if buffer_class is ScratchReplayBuffer and not model.replay_buffer_kwargs.get("prioritized"):
         for name in SAMPLER_SETTINGS[1:]:
             if name in model.replay_buffer_kwargs:
                 raise ValueError(
                     f"replay_buffer_kwargs={model.replay_buffer_kwargs!r} has {name!r}, which needs prioritized=True"
                 )
-    if "handle_timeout_termination" in model.replay_buffer_kwargs:
-        name = "handle_timeout_termination"
-        checks.check_flag(f"replay_buffer_kwargs: {name}", model.replay_buffer_kwargs[name])
     head_name = model.policy_kwargs.get("head", "expected")
     check_learning(model, make_head(head_name, model.policy_kwargs.get("head_kwargs")), head_name)
     check_exploration(model)

@@ -12,12 +12,38 @@ import torch as th
 from helpers import DictEnv, TimeoutEnv, assert_equal, replay_contents
 from stable_baselines3 import DQN, PPO, HerReplayBuffer
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import nn
 
 from sb3_scratch_dqn import ScratchDQN
-from sb3_scratch_dqn.checks import parse_frequency
+from sb3_scratch_dqn.checks import parse_frequency, shown
+
+
+def steep(progress):
+    return 7 if 0 < progress < 0.5 else 0.5
+
+
+def nothing(progress):
+    return None
+
+
+def not_a_number(progress):
+    return float("nan")
+
+
+def a_string(progress):
+    return "x"
+
+
+def no_argument():
+    return 0.5
+
+
+def nothing_made(parameters, lr):
+    return None
 
 
 @pytest.mark.parametrize(
@@ -71,13 +97,59 @@ from sb3_scratch_dqn.checks import parse_frequency
         ("replay_buffer_kwargs", {"n_steps": 3}, "choose from handle_timeout_termination"),
         ("policy", ActorCriticPolicy, "subclass of sb3_scratch_dqn.policies.DQNPolicy"),
         ("replay_buffer_class", RolloutBuffer, "subclass of stable_baselines3.common.buffers.ReplayBuffer"),
+        # Taken in silence before
+        ("replay_buffer_kwargs", {"handle_timeout_termination": "no"}, "True or False"),
+        ("replay_buffer_kwargs", {"prioritized": 1}, "True or False"),
+        ("replay_buffer_kwargs", {"alpha": 0.5}, "needs prioritized=True"),
+        ("replay_buffer_kwargs", {"prioritized": False, "beta": 0.5}, "needs prioritized=True"),
+        ("replay_buffer_kwargs", 0, "must be a dict"),
+        ("policy_kwargs", {"normalize_images": "maybe"}, "True or False"),
+        ("device", "cuda:99", "on this machine"),
+        ("exploration_schedule", steep, "exploration_schedule(0.25)=7 must be a number between 0 and 1"),
+        ("exploration_schedule", nothing, "exploration_schedule(1.0)=None must be a number between 0 and 1"),
+        # Raw before
+        ("policy_kwargs", {"optimizer_class": "Adam"}, "subclass of torch.optim.optimizer.Optimizer"),
+        ("policy_kwargs", {"optimizer_class": nn.ReLU}, "subclass of torch.optim.optimizer.Optimizer"),
+        ("policy_kwargs", {"optimizer_class": th.optim.LBFGS}, "by a closure"),
+        ("policy_kwargs", {"optimizer_class": nothing_made}, "must make a torch.optim.Optimizer, but made None"),
+        ("policy_kwargs", {"optimizer_kwargs": 5}, "must be a dict"),
+        ("policy_kwargs", {"optimizer_kwargs": {"lr": 1}}, "unknown name 'lr'"),
+        (
+            "policy_kwargs",
+            {"optimizer_kwargs": {"betas": (2, 2)}},
+            "cannot be used by optimizer_class=Adam: Inv",
+        ),
+        ("policy_kwargs", {"features_extractor_class": "Flatten"}, "subclass of torch.nn.modules.module.Module"),
+        ("policy_kwargs", {"features_extractor_class": nn.Flatten}, "with features_dim, the number of features"),
+        (
+            "policy_kwargs",
+            {"features_extractor_class": no_argument},
+            "cannot be made with features_extractor_kwargs=",
+        ),
+        ("policy_kwargs", {"features_extractor_kwargs": [1]}, "must be a dict"),
+        ("policy_kwargs", {"features_extractor_kwargs": {"x": 1}}, "unknown name 'x'"),
+        ("policy", "MultiInputPolicy", "use 'MlpPolicy', or 'CnnPolicy' for images"),
+        ("learning_rate", not_a_number, "learning_rate(1.0)=nan must be a number of at least 0"),
+        ("learning_rate", a_string, "learning_rate(1.0)='x' must be a number of at least 0"),
+        ("learning_rate", no_argument, "raises TypeError"),
+        ("exploration_schedule", no_argument, "raises TypeError"),
+        ("verbose", None, "at least 0"),
+        ("verbose", np.array([1, 2]), "at least 0"),
+        ("env", 5, "must be an environment, or the name of one"),
+        ("policy", np.array([1, 2]), "subclass of sb3_scratch_dqn.policies.DQNPolicy"),
+        ("gamma", 10**400, "between 0 and 1"),
+        ("batch_size", 10**400, "whole number"),
+        ("tensorboard_log", 5, "None or the path of a folder"),
+        ("_init_setup_model", "no", "True or False"),
+        ("check_finite", "always", "'auto', True or False"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_value_and_what_would_be_right(name, value, right):
     with pytest.raises(ValueError, match=name) as error:
         ScratchDQN(**{"policy": "MlpPolicy", "env": TimeoutEnv(), name: value})
     message = str(error.value)
-    assert repr(value) in message
+    inner = next(iter(value.values())) if isinstance(value, dict) and value else value
+    assert any(shown(one) in message or getattr(one, "__name__", "?") in message for one in (value, inner))
     assert right in message
     assert "\n" not in message
 
@@ -372,3 +444,177 @@ def test_a_small_buffer_serves_a_loaded_model_until_it_trains(files):
 def test_dict_observations_need_the_policy_for_them():
     with pytest.raises(ValueError, match="MultiInputPolicy"):
         ScratchDQN("MlpPolicy", DictEnv())
+
+
+# Arguments of methods
+
+
+def model_and_file(tmp_path):
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), learning_starts=0).learn(20)
+    model.save(tmp_path / "model.zip")
+    return model, tmp_path / "model.zip"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"callback": 5}, "callback=5 must be None, a BaseCallback, a function"),
+        ({"callback": [None]}, "has None among its callbacks"),
+        ({"callback": no_argument}, "must be None, a BaseCallback, a function of local and global variables"),
+        ({"callback": int}, "callback=<class 'int'> must be None, a BaseCallback"),
+        ({"callback": ["x"]}, "callback='x' must be None"),
+        ({"tb_log_name": 5}, "tb_log_name=5 must be a string"),
+        ({"progress_bar": "yes"}, "progress_bar='yes' must be True or False"),
+        ({"reset_num_timesteps": None}, "reset_num_timesteps=None must be True or False"),
+        ({"total_timesteps": 10**400}, "must be a number of environment steps"),
+        ({"log_interval": 0.5}, "log_interval=0.5 must be a whole number of at least 1"),
+    ],
+)
+def test_arguments_of_learn(arguments, message):
+    model = ScratchDQN("MlpPolicy", TimeoutEnv())
+    with pytest.raises(ValueError, match=message):
+        model.learn(**{"total_timesteps": 10, **arguments})
+
+
+def test_callbacks_of_every_form_are_called():
+    seen = []
+    ScratchDQN("MlpPolicy", TimeoutEnv()).learn(
+        4, lambda local, glob: seen.append(local["num_collected_steps"]) or True
+    )
+    assert seen == [1, 2, 3, 4]
+    ScratchDQN("MlpPolicy", TimeoutEnv()).learn(4, [BaseCallbackThatCounts(seen)])
+    assert len(seen) == 8
+
+
+class BaseCallbackThatCounts(BaseCallback):
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def _on_step(self):
+        self.seen.append(self.num_timesteps)
+        return True
+
+
+@pytest.mark.parametrize("name", ["gradient_steps", "batch_size"])
+@pytest.mark.parametrize("value", [None, "x", -1, 2.5, float("nan"), [1], np.array([1, 2]), 10**400])
+def test_arguments_of_train(name, value):
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), learning_starts=0).learn(20)
+    with pytest.raises(ValueError, match=f"{name}=.* must be a whole number"):
+        model.train(**{"gradient_steps": 1, name: value})
+    model.train(2.0, batch_size=np.int64(8))
+
+
+OBSERVATIONS = ["abc", np.array(["a", "b", "c"]), np.array([None, 1, 2]), [[1, 2], [3]], np.ones(3) * 1j, object()]
+
+
+@pytest.mark.parametrize("observation", OBSERVATIONS, ids=str)
+def test_observations_that_are_no_numbers(observation):
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), exploration_initial_eps=1.0)
+    for function in (
+        model.q_values,
+        model.predict,
+        lambda one: model.predict(one, deterministic=True),
+        model.policy.predict,
+    ):
+        with pytest.raises(ValueError, match=r"^observation (has dtype|must be an array of numbers)"):
+            function(observation)
+
+
+def test_observations_of_another_kind_of_space():
+    with pytest.raises(ValueError, match="observation is a dict, but must be an array of Box"):
+        ScratchDQN("MlpPolicy", TimeoutEnv()).predict({"vector": np.ones(3)})
+    model = ScratchDQN("MultiInputPolicy", DictEnv())
+    with pytest.raises(ValueError, match="observation is a ndarray, but must be a dict with"):
+        model.predict(np.ones(3))
+    with pytest.raises(ValueError, match=r"observation is \['vector'\], but must be a dict with the keys"):
+        model.q_values({"vector": np.ones(3)})
+    sample = model.observation_space.sample()
+    with pytest.raises(ValueError, match=r"observation\['vector'\] has dtype"):
+        model.q_values({**sample, "vector": np.array(["a", "b", "c"])})
+
+
+def test_policies_for_other_observations():
+    with pytest.raises(ValueError, match="need policy='MultiInputPolicy'"):
+        ScratchDQN("MlpPolicy", DictEnv())
+    with pytest.raises(AssertionError, match="only with images"):
+        ScratchDQN("CnnPolicy", TimeoutEnv())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "gpu"}, "device='gpu' must be 'auto' or a device of PyTorch"),
+        ({"device": "cuda:99"}, "device='cuda:99' must be 'cuda:0' to"),
+        ({"env": 5}, "env=5 must be an environment, or the name of one"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number"),
+    ],
+)
+def test_arguments_of_load(arguments, message, tmp_path):
+    _, path = model_and_file(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        ScratchDQN.load(path, **arguments)
+
+
+@pytest.mark.parametrize("value", [5, "gamma", [5]])
+@pytest.mark.parametrize("name", ["exclude", "include"])
+def test_names_of_attributes_to_save(name, value, tmp_path):
+    model, path = model_and_file(tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"{name}=.* must be None or a list of names"):
+        model.save(path, **{name: value})
+    assert path.read_bytes() == before
+    model.save(path, exclude=(one for one in ["gamma"]))
+    assert ScratchDQN.load(path).gamma == 0.99
+
+
+def test_places_for_replay(tmp_path):
+    model, _ = model_and_file(tmp_path)
+    with pytest.raises(ValueError, match="path='' must name a file"):
+        model.save_replay_buffer("")
+    with pytest.raises(ValueError, match="must be a path or an open binary file"):
+        model.save_replay_buffer(io.StringIO())
+
+
+def test_environments_to_go_on_in(tmp_path):
+    model, _ = model_and_file(tmp_path)
+    with pytest.raises(ValueError, match="env=5 must be an environment"):
+        model.set_env(5)
+
+
+def test_complex_rewards_are_refused():
+    n = 4
+    data = {
+        "observations": np.zeros((n, 3), np.float32),
+        "actions": np.zeros(n, int),
+        "rewards": np.ones(n) * 1j,
+        "next_observations": np.zeros((n, 3), np.float32),
+        "terminations": np.zeros(n, bool),
+    }
+    with pytest.raises(ValueError, match=r"data\['rewards'\] has dtype complex128, but must have one of real numbers"):
+        ScratchDQN("MlpPolicy", TimeoutEnv()).load_transitions(data)
+
+
+def test_a_model_that_was_not_set_up_says_so():
+    with pytest.raises(ValueError, match=r"_init_setup_model=False left the model without a policy"):
+        ScratchDQN("MlpPolicy", TimeoutEnv(), _init_setup_model=False).learn(10)
+
+
+def test_a_schedule_that_leaves_its_range_in_training_is_named():
+    def between(progress):
+        return 2.0 if 0.55 < progress < 0.65 else 0.5
+
+    with pytest.raises(ValueError, match=r"exploration_schedule\(0.6\d*\)=2.0 must be a number between 0 and 1"):
+        ScratchDQN("MlpPolicy", TimeoutEnv(), exploration_schedule=between).learn(40)
+
+    def rate(progress):
+        return float("nan") if 0.55 < progress < 0.65 else 0.5
+
+    with pytest.raises(ValueError, match=r"learning_rate\(0.6\d*\)=nan must be a number of at least 0"):
+        ScratchDQN("MlpPolicy", TimeoutEnv(), learning_rate=rate, learning_starts=0).learn(40)
+
+
+def test_long_values_are_shown_on_one_line():
+    assert shown(np.zeros((30, 30))).endswith("...")
+    assert "\n" not in shown(np.zeros((30, 30)))
+    assert shown("a b") == "'a b'"
