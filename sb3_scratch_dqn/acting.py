@@ -77,7 +77,9 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         if isinstance(observation, tuple):  # a mistake that the policy explains
             return self.policy.predict(observation, state, episode_start, deterministic)
         check_observation(observation, self.observation_space)
-        if not isinstance(observation, dict):
+        if isinstance(observation, dict):
+            observation = {key: np.asarray(part) for key, part in observation.items()}
+        else:
             observation = np.asarray(observation)
         masks = None
         if action_masks is not None:

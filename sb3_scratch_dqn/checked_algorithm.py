@@ -7,7 +7,7 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from inspect import signature
 from typing import Any, ClassVar, TypeVar
@@ -21,7 +21,7 @@ from stable_baselines3.common.save_util import data_to_json, load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_scratch_dqn.checks import check_device, check_environment, check_same_spaces, shown
+from sb3_scratch_dqn.checks import check_device, check_environment, check_flag, check_same_spaces, shown
 from sb3_scratch_dqn.files import (
     Path,
     check_saved_by,
@@ -70,6 +70,8 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: if objects are missing or unknown, or the file is no model
         :raises RuntimeError: if names or shapes of parameters differ
         """
+        check_flag("exact_match", exact_match)
+        check_device(device)
         before = deepcopy(self.get_parameters())
         given: Any = load_path_or_dict
         if not isinstance(load_path_or_dict, dict):
@@ -78,6 +80,10 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         unknown = sorted(map(str, given.keys() - before.keys()))
         if unknown:
             raise ValueError(f"parameters of {', '.join(unknown)} were given, but must be of {', '.join(before)}")
+        for name, state in given.items():
+            needed_keys = {"state", "param_groups"} if name.endswith("optimizer") else set()
+            if not isinstance(state, Mapping) or not needed_keys <= state.keys():
+                raise ValueError(f"parameters of {name} must be a state_dict, but are {shown(state)}")
         missing = sorted(before.keys() - given.keys())
         if missing and exact_match:
             raise ValueError(f"parameters of {', '.join(missing)} are missing: pass exact_match=False to keep them")
@@ -185,6 +191,9 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: if the file is no replay buffer, or one of other spaces or another number of environments;
             the model keeps the buffer that it had
         """
+        check_flag("truncate_last_traj", truncate_last_traj)
+        if allow_pickle is not None:
+            check_flag("allow_pickle", allow_pickle)
         what = f"the replay buffer in path={path!r}"
         buffer_class = self.replay_buffer_class or ScratchReplayBuffer
         foreign = buffer_class is not ScratchReplayBuffer

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import TrainFreq
+from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 from torch import nn
 
 Space = spaces.Space[Any]
@@ -30,6 +30,11 @@ def shown(value: Any) -> str:
     """Represent a value in a message: on one line, and not all of it if it is long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def _scalar(value: Any) -> Any:
+    """The number in an array or tensor without axes; whatever else is given, as it is."""
+    return value.item() if isinstance(value, np.ndarray | th.Tensor) and value.ndim == 0 else value
 
 
 def _as_float(value: Any) -> float:
@@ -47,6 +52,7 @@ def check_count(name: str, value: Any, minimum: int = 1) -> int:
 
     :return: the number as an ``int``
     """
+    value = _scalar(value)
     if not math.isfinite(_as_float(value)) or value != int(value) or value < minimum:
         raise ValueError(f"{name}={shown(value)} must be a whole number of at least {minimum}")
     if value >= 2**63:
@@ -59,6 +65,7 @@ def check_fraction(name: str, value: Any) -> Any:
 
     :return: the number, of a type that PyTorch and NumPy take
     """
+    value = _scalar(value)
     if not 0 <= _as_float(value) <= 1:
         raise ValueError(f"{name}={shown(value)} must be a number between 0 and 1")
     return value if isinstance(value, int | float | np.number) else float(value)
@@ -69,6 +76,7 @@ def check_positive(name: str, value: Any) -> Any:
 
     :return: the number, of a type that PyTorch and NumPy take
     """
+    value = _scalar(value)
     if not _as_float(value) > 0:
         raise ValueError(f"{name}={shown(value)} must be a number above 0")
     return value if isinstance(value, float | np.number) else _as_float(value)
@@ -159,10 +167,14 @@ def check_folder(name: str, value: Any) -> None:
         raise ValueError(f"{name}={shown(value)} must be None or the path of a folder")
 
 
-def check_dict(name: str, value: Any) -> None:
-    """Refuse what is not a dict."""
-    if not isinstance(value, dict):
+def check_dict(name: str, value: Any) -> dict[Any, Any]:
+    """Refuse what is not a dict, or another mapping.
+
+    :return: the dict
+    """
+    if not isinstance(value, Mapping):
         raise ValueError(f"{name}={shown(value)} must be a dict")
+    return value if isinstance(value, dict) else dict(value)
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -186,10 +198,11 @@ def check_arguments(
     parameters = signature(function).parameters
     if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    known = [*(parameter for parameter in parameters if parameter not in refused), *more]
+    known: list[str] = [*(parameter for parameter in parameters if parameter not in refused), *more]
+    choice = f"choose from {', '.join(known)}" if known else "there are none to choose from"
     for key in value:
         if key not in known:
-            raise ValueError(f"{name}={shown(value)} has the unknown name {key!r}: choose from {', '.join(known)}")
+            raise ValueError(f"{name}={shown(value)} has the unknown name {key!r}: {choice}")
 
 
 def check_factory(name: str, value: Any, base: type) -> None:
@@ -207,6 +220,8 @@ def read_numbers(name: str, value: Any) -> npt.NDArray[Any]:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be an array of numbers, but is none: {error}") from error
+    if np.ma.is_masked(value):
+        raise ValueError(f"{name} has masked values, but must have all of them")
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} has dtype {array.dtype}, but must have one of real numbers")
     return array
@@ -265,6 +280,12 @@ def check_device(value: Any) -> None:
         ) from None
     # Where there is no GPU at all, SB3 takes the CPU for "cuda", and so for the first one
     n_gpus = max(th.cuda.device_count(), 1)
+    if device.type not in ("cpu", "cuda"):
+        try:
+            th.zeros(1, device=device).cpu()
+        except Exception as error:  # whatever the code of a device raises
+            told = str(error).split("\n")[0]
+            raise ValueError(f"device={shown(value)} cannot be used on this machine: {told}") from error
     if device.type == "cuda" and device.index is not None and device.index >= n_gpus:
         raise ValueError(f"device={shown(value)} must be 'cuda:0' to 'cuda:{n_gpus - 1}', or 'auto', on this machine")
 
@@ -282,9 +303,7 @@ def check_schedule(name: str, schedule: Callable[[float], Any], check: Callable[
     """
     for progress in _TRIED_PROGRESS:
         try:
-            value = schedule(progress)
-            if isinstance(value, np.ndarray | th.Tensor) and value.ndim == 0:
-                value = value.item()
+            value = _scalar(schedule(progress))
         except Exception as error:  # whatever a function of users does
             raise ValueError(
                 f"{name}={shown(schedule)} must be a function of the remaining progress (1 to 0), "
@@ -301,6 +320,7 @@ def check_learning_rate(name: str, value: Any) -> Any:
     if callable(value):
         check_schedule(name, value, check_not_negative)
         return value
+    value = _scalar(value)
     if not 0 <= _as_float(value) < math.inf:
         raise ValueError(
             f"{name}={shown(value)} must be a number of at least 0, or a function of the remaining progress (1 to 0)"
@@ -319,11 +339,11 @@ def parse_frequency(name: str, value: Any) -> tuple[int, str]:
 
     :return: the number and the unit
     """
-    if isinstance(value, TrainFreq):
-        return value.frequency, value.unit.value
     frequency: Any
     unit: Any
     frequency, unit = value if isinstance(value, list | tuple) and len(value) == 2 else (value, "step")
+    if isinstance(unit, TrainFrequencyUnit):
+        unit = unit.value
     try:
         frequency = check_count(name, frequency)
         check_choice(name, unit, FREQUENCY_UNITS)

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
 
+from sb3_scratch_dqn.checks import check_device, check_environment
 from sb3_scratch_dqn.files import policy_module, read_model_settings
 from sb3_scratch_dqn.heads import ExpectedHead
 from sb3_scratch_dqn.policies import NETWORK_SETTINGS, DQNPolicy
@@ -27,7 +29,7 @@ from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.frames import StackedFrames
 from sb3_scratch_dqn.replay.samplers import SAMPLER_SETTINGS
 from sb3_scratch_dqn.replay.stores import Store
-from sb3_scratch_dqn.settings import extras
+from sb3_scratch_dqn.settings import READERS, extras
 from sb3_scratch_dqn.wrappers import plain_names
 
 if TYPE_CHECKING:
@@ -83,6 +85,11 @@ def from_sb3(
     for name, value in settings.items():
         if name not in signature(cls).parameters.keys() - _NOT_SETTABLE:
             raise ValueError(f"{name}={value!r} is no setting that from_sb3 can change")
+    settings = {name: READERS[name](name, value) if name in READERS else value for name, value in settings.items()}
+    check_device(device)
+    if env is not None:
+        check_environment(env)
+        env = maybe_make_env(env, 0)
     model = source
     if isinstance(source, str | pathlib.Path):
         _check_saved_by_dqn(source)

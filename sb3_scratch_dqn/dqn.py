@@ -319,9 +319,8 @@ class ScratchDQN(LeanRollouts):
 
     def _objective(self) -> Objective:
         munchausen = self.munchausen_kwargs or {}
-        return Objective(
-            LOSSES[self.loss], self.double_q, MunchausenSettings(**munchausen) if self.munchausen else None
-        )
+        settings = MunchausenSettings(*map(float, MunchausenSettings(**munchausen))) if self.munchausen else None
+        return Objective(LOSSES[self.loss], self.double_q, settings)
 
     @property
     def q_net(self) -> QNetwork:
@@ -472,7 +471,7 @@ class ScratchDQN(LeanRollouts):
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         progress = self._current_progress_remaining
-        rate = self.lr_schedule(progress)
+        rate = float(self.lr_schedule(progress))
         if not 0 <= rate < math.inf and progress >= 0:
             raise ValueError(f"learning_rate({progress})={rate!r} must be a number of at least 0")
         self.logger.record("train/learning_rate", rate)
@@ -500,7 +499,8 @@ class ScratchDQN(LeanRollouts):
         :raises ValueError: for an argument that cannot work, or if the replay buffer is empty
         """
         assert self.replay_buffer is not None
-        if not (type(batch_size) is type(gradient_steps) is int and batch_size > 0 <= gradient_steps):
+        are_ints = type(batch_size) is type(gradient_steps) is int
+        if not (are_ints and 0 < batch_size < 2**63 and 0 <= gradient_steps < 2**63):
             batch_size = checks.check_count("batch_size", batch_size)
             gradient_steps = checks.check_count("gradient_steps", gradient_steps, minimum=0)
         if not hasattr(self, "_logger"):

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import torch as th
 from torch.nn import functional as F
 
@@ -146,6 +147,9 @@ class CategoricalHead:
             raise ValueError(f"v_min={v_min!r} must be below v_max={v_max!r}")
         if not math.isfinite(float(v_max) - float(v_min)) or max(abs(v_min), abs(v_max)) > _LARGEST:
             raise ValueError(f"v_min={v_min!r} and v_max={v_max!r} must lie between -{_LARGEST} and {_LARGEST}")
+        atoms = np.linspace(v_min, v_max, int(n_atoms)).astype(np.float32)[[0, 1, -2, -1]]
+        if not (atoms[0] < atoms[1] and atoms[2] < atoms[3]):
+            raise ValueError(f"v_min={v_min!r} and v_max={v_max!r} are too close for {n_atoms} atoms in 32 bits")
         self.n_outputs = int(n_atoms)
         self.v_min, self.v_max = float(v_min), float(v_max)
         self._atoms: _Constants = {}

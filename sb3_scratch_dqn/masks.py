@@ -16,6 +16,8 @@ import torch as th
 from sb3_contrib.common.maskable.utils import is_masking_supported
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
+from sb3_scratch_dqn.checks import read_numbers
+
 Masks = npt.NDArray[np.bool_]
 
 # Where the last state of an episode tells its mask, since the environment has been reset when it could be asked
@@ -45,7 +47,7 @@ def check_masks(masks: Any, n_observations: int, n_actions: int) -> Masks:
 
     :raises ValueError: if they have another shape or other values than true and false, or allow nothing
     """
-    array = np.asarray(masks)
+    array = read_numbers("action_masks", masks)
     if array.size != n_observations * n_actions or array.shape[-1:] != (n_actions,):
         raise ValueError(
             f"action_masks of shape {array.shape} must have the shape {(n_observations, n_actions)}: "

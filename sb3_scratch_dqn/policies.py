@@ -96,6 +96,8 @@ class DQNPolicy(BasePolicy):
         )
         if net_arch is None:
             net_arch = [] if features_extractor_class == NatureCNN else [64, 64]
+        if isinstance(net_arch, np.ndarray):
+            net_arch = net_arch.tolist()
         check_net_arch(net_arch)
         check_makes_module("activation_fn", activation_fn)
         check_flag("dueling", dueling)
@@ -164,9 +166,9 @@ class DQNPolicy(BasePolicy):
         given = f"features_extractor_class={shown(self.features_extractor_class)}"
         try:
             made = super().make_features_extractor()
-        except AssertionError:  # SB3's sentence for what is no image
-            raise
         except Exception as error:  # whatever a class of users does
+            if isinstance(error, AssertionError) and str(error):  # SB3's sentences for what is no image
+                raise
             raise ValueError(
                 f"{given} cannot be made with features_extractor_kwargs={shown(self.features_extractor_kwargs)}: "
                 f"{type(error).__name__}: {error}"

@@ -8,6 +8,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_scratch_dqn.checks import shown
 from sb3_scratch_dqn.conversion import PLAIN_BUFFERS, to_scratch_buffer
 from sb3_scratch_dqn.memory import available_memory
 from sb3_scratch_dqn.replay import NotStackedError, ScratchReplayBuffer, Stacking
@@ -29,7 +30,9 @@ def make_replay_buffer(model: "ScratchDQN", env: VecEnv | None) -> ReplayBuffer:
     """
     buffer_class, kwargs = model.replay_buffer_class or ScratchReplayBuffer, dict(model.replay_buffer_kwargs)
     if issubclass(buffer_class, ScratchReplayBuffer):
-        kwargs.update(n_steps=model.n_steps, gamma=model.gamma)
+        kwargs.update(
+            {name: getattr(model, name) for name in ("n_steps", "gamma") if _takes(buffer_class, name)}  # subclasses
+        )
         stacking = _stacking(model, env, kwargs.pop("frames", "auto"))
         if stacking is not None and _takes(buffer_class, "stacking"):
             kwargs["stacking"] = stacking
@@ -43,15 +46,21 @@ def make_replay_buffer(model: "ScratchDQN", env: VecEnv | None) -> ReplayBuffer:
         if env is None:
             raise ValueError(f"env=None: a {buffer_class.__name__} needs env to compute rewards, so pass one")
         kwargs["env"] = env
-    return buffer_class(
-        model.buffer_size,
-        model.observation_space,
-        model.action_space,
-        device=model.device,
-        n_envs=model.n_envs,
-        optimize_memory_usage=model.optimize_memory_usage,
-        **kwargs,
-    )
+    try:
+        return buffer_class(
+            model.buffer_size,
+            model.observation_space,
+            model.action_space,
+            device=model.device,
+            n_envs=model.n_envs,
+            optimize_memory_usage=model.optimize_memory_usage,
+            **kwargs,
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"replay_buffer_class={buffer_class.__name__} cannot be made with "
+            f"replay_buffer_kwargs={shown(model.replay_buffer_kwargs)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _takes(function: type, name: str) -> bool:
@@ -66,8 +75,8 @@ def _stacking(model: "ScratchDQN", env: VecEnv | None, frames: object) -> Stacki
     :param env: its environment
     :param frames: the setting
     """
-    if frames != "auto" and not isinstance(frames, bool):
-        raise ValueError(f"frames={frames!r} must be 'auto', True or False")
+    if not isinstance(frames, bool) and not (isinstance(frames, str) and frames == "auto"):
+        raise ValueError(f"frames={shown(frames)} must be 'auto', True or False")
     if frames is False or (frames == "auto" and model.optimize_memory_usage):
         return None
     stacking = None if env is None else find_stacking(env)

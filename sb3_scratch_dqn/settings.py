@@ -113,10 +113,10 @@ READERS: dict[str, Reader] = {
     "exploration_initial_eps": _fraction,
     "exploration_final_eps": _fraction,
     "max_grad_norm": checks.check_positive,
-    "stats_window_size": _read_window,
+    "stats_window_size": _optional(_read_window),
     "tensorboard_log": _checked(checks.check_folder),
-    "policy_kwargs": _checked(checks.check_dict),
-    "replay_buffer_kwargs": _checked(checks.check_dict),
+    "policy_kwargs": checks.check_dict,
+    "replay_buffer_kwargs": checks.check_dict,
     "verbose": read_verbose,
     "seed": _read_seed,
     "loss": _one_of(*LOSSES),
@@ -125,7 +125,7 @@ READERS: dict[str, Reader] = {
     "exploration_steps": _optional(_count),
     "double_q": _flag,
     "munchausen": _flag,
-    "munchausen_kwargs": _optional(_checked(checks.check_dict)),
+    "munchausen_kwargs": _optional(checks.check_dict),
     "engine": _one_of(*ENGINE_NAMES),
     "check_finite": _read_check_finite,
 }
@@ -282,7 +282,7 @@ def _check_munchausen(model: "ScratchDQN") -> None:
 
 def _check_combination(model: "ScratchDQN", head: ValueHead, head_name: str) -> None:
     """Refuse settings that have no meaning beside each other."""
-    n_steps = max(model.n_steps, model.replay_buffer_kwargs.get("n_steps", 1))
+    n_steps = max(model.n_steps, checks.check_count("n_steps", model.replay_buffer_kwargs.get("n_steps", 1)))
     if model.munchausen and n_steps > 1:
         raise ValueError(
             f"munchausen=True can not be combined with n_steps={n_steps}: "

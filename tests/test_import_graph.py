@@ -11,7 +11,7 @@ ROOT = Path(sb3_scratch_dqn.__file__).parent
 ALLOWED = {
     "heads": {"checks"},
     "noisy": set(),
-    "masks": set(),
+    "masks": {"checks"},
     "target_sync": set(),
     "exploration": set(),
     "search_space": set(),
@@ -37,11 +37,11 @@ ALLOWED = {
     },
     "rollout": {"acting", "overriding", "replay"},
     "settings": {"checks", "engines", "exploration", "heads", "masks", "policies", "replay", "td"},
-    "conversion": {"files", "heads", "policies", "replay", "settings", "wrappers"},
+    "conversion": {"checks", "files", "heads", "policies", "replay", "settings", "wrappers"},
     "offline": {"checks", "rollout"},
     "stacking": {"replay"},
     "memory": set(),
-    "replay_setup": {"conversion", "memory", "replay", "stacking"},
+    "replay_setup": {"checks", "conversion", "memory", "replay", "stacking"},
     "dqn": {
         "acting", "checks", "conversion", "engines", "exploration", "files", "heads", "interrupts", "networks",
         "offline", "overriding", "policies", "prefill", "replay", "replay_setup", "rollout", "settings", "subprocesses",
