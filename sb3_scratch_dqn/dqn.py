@@ -29,7 +29,7 @@ from sb3_scratch_dqn.networks import QNetwork
 from sb3_scratch_dqn.overriding import replaced
 from sb3_scratch_dqn.policies import CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
 from sb3_scratch_dqn.prefill import read_transitions, store_transitions
-from sb3_scratch_dqn.replay import ScratchReplayBuffer, batch_source, check_sampling
+from sb3_scratch_dqn.replay import batch_source, check_sampling
 from sb3_scratch_dqn.replay_setup import (
     adapt_replay_buffer,
     buffer_for_environment,
@@ -38,6 +38,7 @@ from sb3_scratch_dqn.replay_setup import (
 )
 from sb3_scratch_dqn.rollout import LeanRollouts
 from sb3_scratch_dqn.settings import (
+    PLAIN_SETTINGS,
     check_exploration,
     check_learning,
     check_settings,
@@ -267,6 +268,8 @@ class ScratchDQN(LeanRollouts):
         """Follow a setting that was assigned; those of a model that is not set up yet are read by the set-up."""
         if "policy" not in vars(self):
             return
+        if name in ("check_finite", "engine", *PLAIN_SETTINGS):
+            self._follow_reference()
         if name == "learning_rate":
             self._setup_lr_schedule()
         elif name.startswith("exploration_"):
@@ -414,8 +417,7 @@ class ScratchDQN(LeanRollouts):
         checks.check_buffer_holds_batch(self.buffer_size, self.batch_size)
         checks.check_duration(total_timesteps)
         self._engine_for_training().take_hold()
-        self._is_reference = self.engine == "eager" and not extras(self)
-        self._checks_finite = self.check_finite is True or (self.check_finite == "auto" and not self._is_reference)
+        self._follow_reference()
         self._watch_support()
         if self._in_step:  # a step was interrupted: what the environments did since the last observation is not known
             self._last_obs = None
@@ -439,6 +441,11 @@ class ScratchDQN(LeanRollouts):
         warn_of_memory(self.replay_buffer, self.env)
         return prepared
 
+    def _follow_reference(self) -> None:
+        """Decide whether training is to be SB3's to the last bit, and so whether numbers are looked at."""
+        self._is_reference = self.engine == "eager" and not extras(self)
+        self._checks_finite = self.check_finite is True or (self.check_finite == "auto" and not self._is_reference)
+
     def _watch_support(self) -> None:
         """Compare returns with the support of a C51 head, if there is one."""
         head = getattr(self.policy, "head", None)
@@ -449,8 +456,9 @@ class ScratchDQN(LeanRollouts):
 
     def _end_trajectories(self) -> None:
         """Let no return of several steps reach over a reset that replay knows nothing of."""
-        if isinstance(self.replay_buffer, ScratchReplayBuffer):
-            self.replay_buffer.end_trajectories()
+        end_trajectories = getattr(self.replay_buffer, "end_trajectories", None)  # of a buffer behind a proxy, too
+        if end_trajectories is not None:
+            end_trajectories()
 
     def _make_logger(self, tb_log_name: str, reset_num_timesteps: bool) -> None:
         """Make the logger that SB3 would make, without a folder for one that writes none."""
@@ -507,9 +515,10 @@ class ScratchDQN(LeanRollouts):
             self._logger = Logger(folder=None, output_formats=[])
         engine = self._current_engine()
         self._update_learning_rate(self.policy.optimizer)
-        sampler = getattr(self.replay_buffer, "sampler", None)  # of a buffer behind a proxy, too
-        if sampler is not None:
-            sampler.progressed(max(self._current_progress_remaining, 0.0))
+        # Of a buffer behind a proxy, too
+        progressed = getattr(getattr(self.replay_buffer, "sampler", None), "progressed", None)
+        if progressed is not None:
+            progressed(max(self._current_progress_remaining, 0.0))
         source = batch_source(self.replay_buffer, batch_size, self._vec_normalize_env, self.gamma)
         try:
             losses = engine.train(source, gradient_steps, self.max_grad_norm)

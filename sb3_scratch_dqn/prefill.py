@@ -251,6 +251,11 @@ def _checked(data: Mapping[str, Any], observation_space: Space, n_actions: int) 
             raise ValueError(f"data[{name!r}] must allow an action in each of its {n} rows")
         return array
 
+    allowed = masks("action_masks") if "action_masks" in data else None
+    if allowed is not None and not allowed[np.arange(n), actions].all():
+        row = int(np.flatnonzero(~allowed[np.arange(n), actions])[0])
+        raise ValueError(f"data['actions'] has {actions[row]} in row {row}, which data['action_masks'] does not allow")
+
     rewards = of_shape("rewards", (n,), np.float32)  # as replay keeps them
     if not np.isfinite(rewards).all():
         raise ValueError("data['rewards'] must be finite numbers, in 32 bits")
@@ -262,7 +267,7 @@ def _checked(data: Mapping[str, Any], observation_space: Space, n_actions: int) 
         terminations=flags("terminations"),
         truncations=flags("truncations") if "truncations" in data else np.zeros(n, dtype=bool),
         gaps=np.zeros(n, dtype=bool),  # found later
-        action_masks=masks("action_masks") if "action_masks" in data else None,
+        action_masks=allowed,
         next_action_masks=masks("next_action_masks") if "next_action_masks" in data else None,
     )
 

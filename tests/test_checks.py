@@ -11,15 +11,22 @@ import pytest
 import torch as th
 from helpers import DictEnv, TimeoutEnv, assert_equal, replay_contents
 from stable_baselines3 import DQN, PPO, HerReplayBuffer
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from torch import nn
 
 from sb3_scratch_dqn import MlpPolicy, ScratchDQN
 from sb3_scratch_dqn.checks import parse_frequency, shown
+from sb3_scratch_dqn.heads import CategoricalHead
+
+
+class WithoutArguments(ReplayBuffer):
+    def __init__(self, buffer_size, observation_space, action_space):
+        pass
 
 
 def steep(progress):
@@ -142,6 +149,13 @@ def nothing_made(parameters, lr):
         ("tensorboard_log", 5, "None or the path of a folder"),
         ("_init_setup_model", "no", "True or False"),
         ("check_finite", "always", "'auto', True or False"),
+        ("train_freq", TrainFreq(0, TrainFrequencyUnit.STEP), "at least 1"),
+        ("target_update_interval", TrainFreq(-1, TrainFrequencyUnit.EPISODE), "at least 1"),
+        ("device", "meta", "cannot be used on this machine"),
+        ("policy_kwargs", {"head_kwargs": {"x": 1}}, "there are none to choose from"),
+        ("policy_kwargs", {"net_arch": [2**63]}, "whole numbers of at least 1"),
+        ("replay_buffer_kwargs", {"frames": np.array("auto")}, "'auto', True or False"),
+        ("replay_buffer_class", WithoutArguments, "cannot be made with replay_buffer_kwargs={}: TypeError"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_value_and_what_would_be_right(name, value, right):
@@ -620,3 +634,76 @@ def test_long_values_are_shown_on_one_line():
     assert shown(np.zeros((30, 30))).endswith("...")
     assert "\n" not in shown(np.zeros((30, 30)))
     assert shown("a b") == "'a b'"
+
+
+@pytest.mark.parametrize(("v_min", "v_max"), [(0.0, 1e-300), (1e8, 1e8 + 1)])
+def test_atoms_that_coincide_are_refused(v_min, v_max):
+    with pytest.raises(ValueError, match="are too close for 51 atoms in 32 bits"):
+        CategoricalHead(v_min=v_min, v_max=v_max)
+    CategoricalHead(n_atoms=2, v_min=0.0, v_max=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": "x"}, "seed='x' must be None or a whole number"),
+        ({"verbose": float("nan")}, "verbose=nan must be"),
+        ({"device": "gpu9"}, "device='gpu9' must be"),
+        ({"gamma": 2}, "gamma=2 must be"),
+    ],
+)
+def test_settings_of_a_conversion_are_looked_at(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ScratchDQN.from_sb3(DQN("MlpPolicy", TimeoutEnv()), **settings)
+
+
+def test_a_conversion_of_a_file_takes_the_name_of_an_environment(tmp_path):
+    DQN("MlpPolicy", "CartPole-v1").save(tmp_path / "model.zip")
+    assert ScratchDQN.from_sb3(tmp_path / "model.zip", env="CartPole-v1").n_envs == 1
+    with pytest.raises(ValueError, match="env=5 must be an environment"):
+        ScratchDQN.from_sb3(tmp_path / "model.zip", env=5)
+
+
+@pytest.mark.parametrize("name", ["allow_pickle", "truncate_last_traj"])
+def test_flags_of_loading_replay_are_truth_values(name, tmp_path):
+    model, _ = model_and_file(tmp_path)
+    model.save_replay_buffer(tmp_path / "replay.npz")
+    with pytest.raises(ValueError, match=f"{name}='no' must be True or False"):
+        model.load_replay_buffer(tmp_path / "replay.npz", **{name: "no"})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"policy": None, "policy.optimizer": {}}, "parameters of policy must be a state_dict, but are None"),
+        ({"policy": {}, "policy.optimizer": {}}, "parameters of policy.optimizer must be a state_dict, but are {}"),
+        ({1: 2}, "parameters of 1 were given"),
+        ({}, "parameters of policy, policy.optimizer are missing"),
+    ],
+)
+def test_parameters_of_the_wrong_kind(parameters, message):
+    model = ScratchDQN("MlpPolicy", TimeoutEnv())
+    before = copy.deepcopy(model.policy.state_dict())
+    with pytest.raises(ValueError, match=message):
+        model.set_parameters(parameters)
+    assert_equal(model.policy.state_dict(), before)
+
+
+def test_actions_that_their_masks_forbid_are_refused():
+    n = 4
+    data = {
+        "observations": np.zeros((n, 3), np.float32),
+        "actions": np.array([0, 1, 2, 0]),
+        "rewards": np.ones(n),
+        "next_observations": np.zeros((n, 3), np.float32),
+        "terminations": np.zeros(n, bool),
+        "action_masks": np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 1, 1]], bool),
+        "next_action_masks": np.ones((n, 3), bool),
+    }
+    model = ScratchDQN("MlpPolicy", TimeoutEnv())
+    with pytest.raises(ValueError, match=r"data\['actions'\] has 1 in row 1, which"):
+        model.load_transitions(data)
+    data["rewards"] = np.ma.masked_array(np.ones(n), mask=[1, 0, 0, 0])
+    data["actions"][1] = 0
+    with pytest.raises(ValueError, match=r"data\['rewards'\] has masked values"):
+        model.load_transitions(data)

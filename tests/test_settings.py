@@ -1,16 +1,22 @@
 """Settings are attributes, and count when a model is loaded with new ones, as RL Zoo loads it."""
 
 import inspect
+from collections import UserDict
+from fractions import Fraction
+from types import MappingProxyType
 
 import numpy as np
 import pytest
+import torch as th
 from helpers import DictEnv, ImageEnv, TimeoutEnv, assert_same_training
 from stable_baselines3 import DQN
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.dqn import policies as theirs
 
-from sb3_scratch_dqn import ScratchDQN
+from sb3_scratch_dqn import ScratchDQN, ScratchReplayBuffer
 
 
 def test_the_arguments_of_sb3_come_first_with_their_names_and_defaults():
@@ -154,6 +160,40 @@ def test_policies_of_sb3_stand_for_their_counterparts(theirs, env, name):
     assert type(model.policy) is ScratchDQN.policy_aliases[name] is model.policy_class
 
 
+FORMS = {
+    "gamma": np.array(0.5),
+    "tau": th.tensor(0.5),
+    "max_grad_norm": np.float64(3),
+    "batch_size": np.array(8),
+    "exploration_fraction": Fraction(1, 2),
+    "train_freq": (2, TrainFrequencyUnit.EPISODE),
+    "policy_kwargs": MappingProxyType({"net_arch": np.array([8, 8])}),
+    "replay_buffer_kwargs": UserDict({"prioritized": True}),
+    "stats_window_size": None,
+    "learning_rate": lambda progress: th.tensor(1e-3),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_numbers_and_dicts_of_every_form_serve(name):
+    settings = {"munchausen": True, "munchausen_kwargs": {"tau": Fraction(1, 10)}, "learning_starts": 8}
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), **{**settings, name: FORMS[name]}).learn(60)
+    assert model._n_updates > 0
+
+
+def test_a_replay_buffer_of_the_users_may_know_nothing_of_steps():
+    class Plain(ScratchReplayBuffer):
+        def __init__(self, buffer_size, observation_space, action_space, device, n_envs, optimize_memory_usage):
+            super().__init__(buffer_size, observation_space, action_space, device, n_envs, optimize_memory_usage)
+
+    class Sampling(ReplayBuffer):
+        sampler = "of another kind"
+
+    for buffer_class in (Plain, Sampling):
+        model = ScratchDQN("MlpPolicy", TimeoutEnv(), replay_buffer_class=buffer_class, learning_starts=8).learn(20)
+        assert type(model.replay_buffer) is buffer_class
+
+
 # Live edits
 
 
@@ -225,6 +265,27 @@ def test_an_assigned_train_freq_is_heeded():
     model.train_freq = 10
     model.learn(40, reset_num_timesteps=False)
     assert model._n_updates == before + 4
+
+
+def test_the_check_of_numbers_can_be_switched_in_the_middle():
+    class Edits(BaseCallback):
+        def _on_step(self):
+            if self.n_calls == 10:
+                self.model.check_finite = False
+            return True
+
+    class Bad(TimeoutEnv):
+        steps = 0
+
+        def step(self, action):
+            observation, reward, *rest = super().step(action)
+            self.steps += 1
+            return observation, float("nan") if self.steps == 15 else reward, *rest
+
+    ScratchDQN("MlpPolicy", Bad(), learning_starts=0).learn(40, Edits())
+    model = ScratchDQN("MlpPolicy", Bad(), learning_starts=0)
+    with pytest.raises(ValueError, match="step 15"):
+        model.learn(40)
 
 
 def test_combinations_are_refused_when_they_are_assigned():
