@@ -264,6 +264,8 @@ def check_learning(model: "ScratchDQN", head: ValueHead, head_name: str) -> None
     :param head_name: for the message
     :raises ValueError: naming the setting, its value and what would be right
     """
+    for name in ("loss", "double_q", "munchausen", "engine"):
+        READERS[name](name, getattr(model, name))
     _check_munchausen(model)
     _check_combination(model, head, head_name)
 
