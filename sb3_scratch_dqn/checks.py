@@ -222,8 +222,10 @@ def read_numbers(name: str, value: Any) -> npt.NDArray[Any]:
         raise ValueError(f"{name} must be an array of numbers, but is none: {error}") from error
     if np.ma.is_masked(value):
         raise ValueError(f"{name} has masked values, but must have all of them")
+    if array.dtype.kind in "US":
+        raise ValueError(f"{name} must be an array of numbers, but is none: it has strings")
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{name} has dtype {array.dtype}, but must have one of real numbers")
+        raise ValueError(f"{name} has shape {array.shape} and dtype {array.dtype}, but must have one of real numbers")
     return array
 
 

@@ -353,8 +353,7 @@ def test_settings_that_cannot_work_are_refused_in_the_middle_too_and_each_time()
                 setattr(model, name, value)
         # Past the checks, as loading a model writes them
         before = vars(model)[name]
-        vars(model)[name], model.munchausen = value, False
-        vars(model)["munchausen"] = name == "munchausen_kwargs"
+        vars(model).update({name: value, "munchausen": name == "munchausen_kwargs"})
         for _ in range(2):
             with pytest.raises(ValueError, match=message):
                 model.learn(20, reset_num_timesteps=False)
