@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from sb3_scratch_dqn.checked_algorithm import CheckedOffPolicyAlgorithm
 from sb3_scratch_dqn.checks import check_observation
 from sb3_scratch_dqn.exploration import Actions, Envs, epsilon_greedy, make_epsilon_schedule
-from sb3_scratch_dqn.finite import check_observations, check_rewards
+from sb3_scratch_dqn.finite import check_observations, check_rewards, look_finite
 from sb3_scratch_dqn.interrupts import Interrupts
 from sb3_scratch_dqn.masks import Masks, check_masks, find_masks, masks_of_next_states
 from sb3_scratch_dqn.overriding import replaced
@@ -233,7 +233,7 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         ended = any(dones)
-        if self._checks_finite:
+        if self._checks_finite and (ended or self._vec_normalize_env is not None or not look_finite(new_obs, reward)):
             self._check_finite(new_obs, reward, infos if ended else ())
         if self._masks is not None:
             assert self._read_masks is not None

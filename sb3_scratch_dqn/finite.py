@@ -25,6 +25,17 @@ def all_finite(array: Array) -> bool:
     return bool(np.isfinite(array).all())
 
 
+def look_finite(observation: Observation, rewards: Array) -> bool:
+    """Return True if a glance shows that all numbers are finite; False if they must be looked at one by one.
+
+    :param observation: ``(n_envs, ...)``, or a dict of such arrays
+    :param rewards: ``(n_envs,)``
+    """
+    if type(observation) is not np.ndarray or observation.size > _FEW_NUMBERS:
+        return False
+    return math.isfinite(sum(observation.ravel().tolist(), sum(rewards.tolist())))
+
+
 def check_observations(observations: Observation, step: int, env: int | None = None) -> None:
     """Refuse observations that are not finite.
 

@@ -11,7 +11,9 @@ from typing import Any
 
 
 class Interrupts:
-    """A context in which SIGINT is handled at once, except while :attr:`held` is true: then when it is released.
+    """A context in which SIGINT is handled at once, except while :attr:`held` is true: then by :meth:`release`.
+
+    ``waiting`` is not ``None`` if one came meanwhile.
 
     It does nothing outside of the main thread, where Python handles no signals, and where SIGINT is not handled by a
     Python function. The handler of before is called, and put back in the end.
@@ -19,7 +21,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.held = False
-        self._waiting: tuple[int, FrameType | None] | None = None
+        self.waiting: tuple[int, FrameType | None] | None = None
         self._handler: Any = None
 
     def __enter__(self) -> "Interrupts":
@@ -38,13 +40,13 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.held:
-            self._waiting = number, frame
+            self.waiting = number, frame
         else:
             self._handler(number, frame)
 
     def release(self) -> None:
         """Handle from now on, first what came while it was held."""
         self.held = False
-        if self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
+        if self.waiting is not None:
+            waiting, self.waiting = self.waiting, None
             self._handler(*waiting)

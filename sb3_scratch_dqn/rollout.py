@@ -120,8 +120,9 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
             self._update_info_buffer(infos, dones)
             interrupts.held = True
             self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)
-            self._in_step = False
-            interrupts.release()
+            self._in_step = interrupts.held = False
+            if interrupts.waiting is not None:
+                interrupts.release()
             self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
             self._on_step()
 
