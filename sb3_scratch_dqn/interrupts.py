@@ -11,12 +11,11 @@ from typing import Any
 
 
 class Interrupts:
-    """A context in which SIGINT is handled at once, except while :attr:`held` is true: then by :meth:`release`.
+    """A context in which SIGINT is handled at once, except while ``held`` is true: then by :meth:`release`.
 
-    ``waiting`` is not ``None`` if one came meanwhile.
-
-    It does nothing outside of the main thread, where Python handles no signals, and where SIGINT is not handled by a
-    Python function. The handler of before is called, and put back in the end.
+    ``waiting`` is not ``None`` if one came meanwhile. The context does nothing outside of the main thread, where Python
+    handles no signals, and where SIGINT is not handled by a Python function. The handler of before is called, and put
+    back in the end.
     """
 
     def __init__(self) -> None:
@@ -34,9 +33,9 @@ class Interrupts:
 
     def __exit__(self, *_: object) -> None:
         """Put the handler back, unless another one has taken the place of this one."""
-        self.held = False
         if self._handler is not None and signal.getsignal(signal.SIGINT) == self._handle:
             signal.signal(signal.SIGINT, self._handler)
+        self.release()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.held:

@@ -108,10 +108,10 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
                 )
                 callback.update_locals(seen)
                 if not callback.on_step():
-                    self._in_step = False
                     if not self._is_reference:  # SB3 forgets this step, and would go on from the observation before it
                         self._update_info_buffer(infos, dones)
                         self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)
+                    self._in_step = False
                     return RolloutReturn(num_collected_steps * n_envs, num_collected_episodes, continue_training=False)
                 # The callback may have changed what stands in the way
                 self._choose_how_to_act()

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 
 import gymnasium as gym
 import numpy as np
@@ -188,6 +189,20 @@ def test_the_handler_of_before_is_called_and_put_back():
             interrupts.release()
             assert len(got) == 2
         assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_not_lost_where_writing_a_step_fails():
+    got, before = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda number, frame: got.append(number))
+    try:
+        with Interrupts() as interrupts, suppress(ZeroDivisionError):
+            interrupts.held = True
+            signal.raise_signal(signal.SIGINT)
+            assert not got
+            _ = 1 / 0
+        assert got == [signal.SIGINT]
     finally:
         signal.signal(signal.SIGINT, before)
 
