@@ -197,7 +197,7 @@ def test_ctrl_c_is_not_lost_where_writing_a_step_fails():
     got, before = [], signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, lambda number, frame: got.append(number))
     try:
-        with Interrupts() as interrupts, suppress(ZeroDivisionError):
+        with suppress(ZeroDivisionError), Interrupts() as interrupts:
             interrupts.held = True
             signal.raise_signal(signal.SIGINT)
             assert not got
