@@ -51,6 +51,14 @@ def _from_zero():
     Counting.count, Counting.interrupted_at = 0, None
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts():
+    """Handle SIGINT as in a terminal: a process that a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def assert_rows_continue(buffer):
     """Each row begins where the one before ended, unless that ended its episode or was cut."""
     rows = buffer.size()
