@@ -174,7 +174,8 @@ class ScratchDQN(LeanRollouts):
         if env is not None:
             checks.check_environment(env)
         if not isinstance(policy, str):
-            checks.check_subclass("policy", conversion.own_policy(policy), DQNPolicy)
+            policy = conversion.own_policy(policy)
+            checks.check_subclass("policy", policy, DQNPolicy)
         checks.check_device(device)
         verbose = read_verbose("verbose", verbose)
         checks.check_flag("_init_setup_model", _init_setup_model)
@@ -182,7 +183,7 @@ class ScratchDQN(LeanRollouts):
             if kwargs is not None:  # SB3 takes whatever is false for no arguments
                 checks.check_dict(name, kwargs)
         super().__init__(
-            conversion.own_policy(policy),
+            policy,
             env,
             learning_rate,
             buffer_size,

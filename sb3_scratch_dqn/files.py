@@ -159,7 +159,7 @@ def replacing(path: str | pathlib.Path) -> Iterator[IO[bytes]]:
         place.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(place)
         mode = None if earlier is None else stat.S_IMODE(earlier.st_mode)
-        # Whoever may not read the earlier file must not read the new one while it is written
+        # A user who may not read the earlier file must not be able to read the new one while it is written
         file, beside = _create_beside(place, 0o666 if mode is None else mode | stat.S_IRUSR | stat.S_IWUSR)
         try:
             with file:

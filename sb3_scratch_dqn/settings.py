@@ -1,6 +1,5 @@
 """Which settings of ScratchDQN can work, alone and beside each other."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -56,10 +55,6 @@ def _optional(read: Reader) -> Reader:
     return lambda name, value: None if value is None else read(name, value)
 
 
-def _read_window(name: str, value: Any) -> int:
-    return min(_count(name, value), sys.maxsize)
-
-
 def read_verbose(name: str, value: Any) -> int:
     """Read how much is printed, a count or a truth value."""
     return checks.check_count(name, int(value) if isinstance(value, bool) else value, minimum=0)
@@ -113,7 +108,7 @@ READERS: dict[str, Reader] = {
     "exploration_initial_eps": _fraction,
     "exploration_final_eps": _fraction,
     "max_grad_norm": checks.check_positive,
-    "stats_window_size": _optional(_read_window),
+    "stats_window_size": _optional(_count),
     "tensorboard_log": _checked(checks.check_folder),
     "policy_kwargs": checks.check_dict,
     "replay_buffer_kwargs": checks.check_dict,

@@ -64,8 +64,8 @@ def deaths_end_waiting(env: VecEnv | None) -> Iterator[None]:
     """Let this process not wait for an answer of an environment whose process has ended.
 
     A pipe closes when all processes that have its other end have ended. A forked process has those of its siblings too,
-    so that SB3 would wait forever for one that ended. Here the pipe is shut down then, which raises one of
-    ``PIPE_ERRORS`` in whoever waits.
+    so that SB3 would wait forever for one that ended. Here the pipe is shut down then, and waiting for it raises one of
+    ``PIPE_ERRORS``.
 
     :param env: the environments, with or without wrappers
     """

@@ -141,7 +141,7 @@ def unwrapped(state):
 @pytest.mark.parametrize("engine", ["eager", "auto"])
 @pytest.mark.parametrize("wrap", WRAPS, ids=lambda wrap: wrap.__name__)
 def test_training_behind_a_proxy_is_the_training_without_it(wrap, engine, tmp_path):
-    th._dynamo.reset() if hasattr(th, "_dynamo") else None
+    th._dynamo.reset()
     plain, model = (ScratchDQN("MlpPolicy", TimeoutEnv(), engine=engine, **SETTINGS) for _ in range(2))
     for one in (plain, model):
         one.set_random_seed(1)
