@@ -220,6 +220,7 @@ def _create_beside(place: pathlib.Path, mode: int) -> tuple[IO[bytes], pathlib.P
     while True:
         beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
         # tempfile.mkstemp() ignores the umask, which a process cannot read without changing it for all threads
+        # The caller closes it
         file = open(beside, "xb", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115
         if fcntl is not None:
             with suppress(OSError):  # a file system without locks; no process removes a file there
