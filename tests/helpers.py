@@ -50,6 +50,35 @@ class DictEnv(TimeoutEnv):
         }
 
 
+class RandomMasks:
+    """Allows one or two of three actions, at random, and fails if another is taken."""
+
+    def draw_mask(self):
+        self.mask = self.np_random.permutation([True, False, bool(self.np_random.integers(2))])
+        return self.mask.astype(np.float32)
+
+    def action_masks(self):
+        return self.mask
+
+    def step(self, action):
+        assert self.mask[action], f"action {action} is not allowed by {self.mask}"
+        return super().step(action)
+
+
+class MaskedEnv(RandomMasks, TimeoutEnv):
+    """The observation is the mask."""
+
+    def _observe(self):
+        return self.draw_mask()
+
+
+class MaskedDictEnv(RandomMasks, DictEnv):
+    """A part of the observation is the mask."""
+
+    def _observe(self):
+        return {**super()._observe(), "vector": self.draw_mask()}
+
+
 class ImageEnv(TimeoutEnv):
     """The same with an image, channels last as cameras have them."""
 

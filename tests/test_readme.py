@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sb3_scratch_dqn.bench.comparison import make_comparison
-from sb3_scratch_dqn.bench.plan import Run
+from sb3_scratch_dqn.bench.report.comparison import make_comparison
 from sb3_scratch_dqn.bench.results import read_results
+from sb3_scratch_dqn.bench.run.plan import Run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

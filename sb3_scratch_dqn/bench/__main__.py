@@ -9,12 +9,12 @@ from typing import Any
 
 import torch as th
 
-from sb3_scratch_dqn.bench import replay, speed
-from sb3_scratch_dqn.bench.grid import BACKENDS, run_all
 from sb3_scratch_dqn.bench.machine import check_device
-from sb3_scratch_dqn.bench.plan import make_plan
-from sb3_scratch_dqn.bench.report import write_report
-from sb3_scratch_dqn.bench.speed_results import read_speed, save_speed
+from sb3_scratch_dqn.bench.report.report import write_report
+from sb3_scratch_dqn.bench.run.grid import BACKENDS, run_all
+from sb3_scratch_dqn.bench.run.plan import make_plan
+from sb3_scratch_dqn.bench.speed import learning, replay
+from sb3_scratch_dqn.bench.speed.results import read_speed, save_speed
 from sb3_scratch_dqn.engines import ENGINE_NAMES
 
 
@@ -135,7 +135,7 @@ def _add_speed(commands: Any) -> None:
         description="Speed of learn() and of updates, against SB3's DQN and, where it is installed, SBX's.",
     )
     parser.set_defaults(execute=_speed, parser=parser)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(speed.CASES)}; default: all")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(learning.CASES)}; default: all")
     parser.add_argument("--rounds", type=_positive, default=5, help="measurements of each case (default: 5)")
     parser.add_argument(
         "--contestants", nargs="+", metavar="NAME", help="some of sb3, sbx and this package's engines (default: all)"
@@ -149,15 +149,15 @@ def _add_speed(commands: Any) -> None:
 
 
 def _speed(options: argparse.Namespace) -> None:
-    _check_choices("CASE", options.cases, speed.CASES)
+    _check_choices("CASE", options.cases, learning.CASES)
     _check_choices("--contestants", options.contestants or (), ["sb3", "sbx", *ENGINE_NAMES])
     check_device(options.device)
     if options.out:
         _check_folder("--out", options.out)
         read_speed(options.out)  # a broken file is to be known of before anything is measured
-    chosen = [speed.CASES[name] for name in options.cases or speed.CASES]
-    cases = [speed.changed(case, options.n_envs, options.train_freq) for case in chosen]
-    measured = speed.run(cases, options.contestants, options.rounds, options.device)
+    chosen = [learning.CASES[name] for name in options.cases or learning.CASES]
+    cases = [learning.changed(case, options.n_envs, options.train_freq) for case in chosen]
+    measured = learning.run(cases, options.contestants, options.rounds, options.device)
     print("\n\n".join(one.markdown() for one in measured))
     if options.out:
         print(f"Kept in {save_speed(measured, options.out)}", file=sys.stderr)

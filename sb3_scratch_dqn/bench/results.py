@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sb3_scratch_dqn.bench.plan import FORMAT, evaluation_steps, run_path
+from sb3_scratch_dqn.bench.run.plan import FORMAT, evaluation_steps, run_path
 
 # What each entry must be
 _NUMBER = int | float

@@ -1,18 +1,14 @@
-"""Engines: how one update is executed.
+"""How an update is executed.
 
 - ``choose``: which engine serves a configuration
-- ``eager``: SB3's numbers, to the last bit; the yardstick of the others
-- ``cuda_graph``: whole updates as single launches on a GPU. ``recording`` makes them, ``feeds`` has their batches,
-  ``device_steps`` their gradients and Adam, ``actors`` actions
-- ``fused_cpu``: gradients by hand, for networks of linear layers. ``dense`` has the mathematics of the layers,
-  ``fused_learners`` that of the losses, ``products`` the fastest matrix products, ``flat`` all parameters in one piece;
-  ``fused_support`` says which networks it can serve
-- ``fused_autograd``: for all other networks
+- ``eager``: SB3's numbers, to the last bit; every other engine is compared with it
+- ``fused``: on the CPU in few calls, by hand or around autograd
+- ``cuda``: whole updates as single launches on a GPU
 - ``update``: what the last update looked like
-- ``watch``: what others change behind an engine's back
+- ``watch``: changes to a policy that an engine does not see
 """
 
 from sb3_scratch_dqn.engines.choose import ENGINE_NAMES, Engine, choose_engine, find_engine
-from sb3_scratch_dqn.engines.recording import CannotRecordError
+from sb3_scratch_dqn.engines.cuda.recording import CannotRecordError
 
 __all__ = ["ENGINE_NAMES", "CannotRecordError", "Engine", "choose_engine", "find_engine"]

@@ -2,14 +2,14 @@
 
 from typing import Any, ClassVar, Protocol
 
-from sb3_scratch_dqn.engines.cuda_graph import CudaGraphEngine
+from sb3_scratch_dqn.engines.cuda.engine import CudaGraphEngine
 from sb3_scratch_dqn.engines.eager import EagerEngine
-from sb3_scratch_dqn.engines.fused_autograd import FusedAutogradEngine
-from sb3_scratch_dqn.engines.fused_cpu import FusedEngine
+from sb3_scratch_dqn.engines.fused.autograd import FusedAutogradEngine
+from sb3_scratch_dqn.engines.fused.engine import FusedEngine
 from sb3_scratch_dqn.engines.update import LastUpdate
-from sb3_scratch_dqn.policies import DQNPolicy
+from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
-from sb3_scratch_dqn.td import Objective
+from sb3_scratch_dqn.values.td import Objective
 
 
 class Engine(Protocol):

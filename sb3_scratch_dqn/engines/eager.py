@@ -14,10 +14,10 @@ from stable_baselines3.common.utils import get_parameters_by_name, obs_as_tensor
 
 from sb3_scratch_dqn.engines.update import LastUpdate
 from sb3_scratch_dqn.engines.watch import why_hooked
-from sb3_scratch_dqn.policies import DQNPolicy
+from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.replay.observations import map_observation
-from sb3_scratch_dqn.td import Objective, make_target, mean_loss, predict
+from sb3_scratch_dqn.values.td import Objective, make_target, mean_loss, predict
 
 # Batches that are drawn in one go, and bytes of observations that they may have; more would save no more time
 _BATCHES_AT_ONCE = 16

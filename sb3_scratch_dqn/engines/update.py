@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-from sb3_scratch_dqn.heads import ValueHead
+from sb3_scratch_dqn.values.heads import ValueHead
 
 
 class LastUpdate(NamedTuple):

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.modules import module as all_modules
 from torch.optim import optimizer as all_optimizers
 
-from sb3_scratch_dqn.networks import QNetwork
-from sb3_scratch_dqn.overriding import replaced
-from sb3_scratch_dqn.policies import DQNPolicy
+from sb3_scratch_dqn.common.overriding import replaced
+from sb3_scratch_dqn.networks.policies import DQNPolicy
+from sb3_scratch_dqn.networks.q_network import QNetwork
 
 # Methods that somebody may patch, and then wants to see called
 _PATCHED = frozenset(

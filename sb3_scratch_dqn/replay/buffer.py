@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_scratch_dqn.overriding import replaced
+from sb3_scratch_dqn.common.overriding import replaced
 from sb3_scratch_dqn.replay.batch import ArrayBatch, Batch, arrays_of, batch_from_samples
 from sb3_scratch_dqn.replay.frames import StackedFrames, Stacking
 from sb3_scratch_dqn.replay.nstep import Floats, Fold, fold_n_steps, fold_one_step

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-from sb3_scratch_dqn.checks import check_flag, check_fraction, check_number, check_positive
+from sb3_scratch_dqn.common.checks import check_flag, check_fraction, check_number, check_positive
 from sb3_scratch_dqn.replay.observations import Array
 from sb3_scratch_dqn.replay.sum_tree import SumTree
 

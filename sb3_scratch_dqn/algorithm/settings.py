@@ -1,0 +1,297 @@
+"""Which settings of ScratchDQN can work, alone and beside each other."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
+
+from sb3_scratch_dqn.algorithm.exploration import EXPLORATION_SCHEDULES
+from sb3_scratch_dqn.common import checks
+from sb3_scratch_dqn.engines import ENGINE_NAMES
+from sb3_scratch_dqn.networks.policies import DQNPolicy
+from sb3_scratch_dqn.replay import ScratchReplayBuffer
+from sb3_scratch_dqn.replay.samplers import SAMPLER_SETTINGS
+from sb3_scratch_dqn.values.heads import LOSSES, ValueHead, make_head
+from sb3_scratch_dqn.values.masks import has_masks
+from sb3_scratch_dqn.values.td import MunchausenSettings
+
+if TYPE_CHECKING:
+    from sb3_scratch_dqn.algorithm.dqn import ScratchDQN
+
+# What comes from ScratchDQN's own arguments and environment, and so not from policy_kwargs or replay_buffer_kwargs
+_GIVEN_TO_POLICIES = {"observation_space", "action_space", "lr_schedule"}
+_GIVEN_TO_BUFFERS = {
+    "buffer_size",
+    "observation_space",
+    "action_space",
+    "device",
+    "n_envs",
+    "optimize_memory_usage",
+    "env",
+}
+_GIVEN_TO_OWN_BUFFERS = {"n_steps", "gamma", "stacking"}
+
+# (name, value) -> the value as it is kept; raises ValueError for one that cannot work
+Reader = Callable[[str, Any], Any]
+
+_MISSING = object()
+
+
+def _checked(check: Callable[[str, Any], None]) -> Reader:
+    def read(name: str, value: Any) -> Any:
+        check(name, value)
+        return value
+
+    return read
+
+
+def _one_of(*choices: str) -> Reader:
+    return _checked(lambda name, value: checks.check_choice(name, value, choices))
+
+
+def _optional(read: Reader) -> Reader:
+    return lambda name, value: None if value is None else read(name, value)
+
+
+def read_verbose(name: str, value: Any) -> int:
+    """Read how much is printed, a count or a truth value."""
+    return checks.check_count(name, int(value) if isinstance(value, bool) else value, minimum=0)
+
+
+def _read_seed(name: str, value: Any) -> int | None:
+    checks.check_seed(value)
+    return None if value is None else int(value)
+
+
+def _read_train_freq(name: str, value: Any) -> TrainFreq:
+    frequency, unit = checks.parse_frequency(name, value)
+    return TrainFreq(frequency, TrainFrequencyUnit(unit))
+
+
+def _read_target_update_interval(name: str, value: Any) -> int | tuple[int, str]:
+    frequency, unit = checks.parse_frequency(name, value)
+    return frequency if unit == "step" else (frequency, unit)
+
+
+def _read_exploration_schedule(name: str, value: Any) -> Any:
+    if callable(value):
+        checks.check_schedule(name, value, checks.check_fraction)
+    else:
+        checks.check_choice(name, value, EXPLORATION_SCHEDULES)
+    return value
+
+
+def _read_check_finite(name: str, value: Any) -> Any:
+    if not (isinstance(value, str) and value == "auto") and not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be 'auto', True or False")
+    return value
+
+
+_count, _fraction, _flag = checks.check_count, checks.check_fraction, _checked(checks.check_flag)
+
+# What each setting may be, whatever the others are
+READERS: dict[str, Reader] = {
+    "learning_rate": checks.check_learning_rate,
+    "buffer_size": _count,
+    "learning_starts": partial(_count, minimum=0),
+    "batch_size": _count,
+    "tau": _fraction,
+    "gamma": _fraction,
+    "train_freq": _read_train_freq,
+    "gradient_steps": partial(_count, minimum=-1),
+    "optimize_memory_usage": _flag,
+    "n_steps": _count,
+    "target_update_interval": _read_target_update_interval,
+    "exploration_fraction": _fraction,
+    "exploration_initial_eps": _fraction,
+    "exploration_final_eps": _fraction,
+    "max_grad_norm": checks.check_positive,
+    "stats_window_size": _optional(_count),
+    "tensorboard_log": _checked(checks.check_folder),
+    "policy_kwargs": checks.check_dict,
+    "replay_buffer_kwargs": checks.check_dict,
+    "verbose": read_verbose,
+    "seed": _read_seed,
+    "loss": _one_of(*LOSSES),
+    "exploration_schedule": _read_exploration_schedule,
+    "exploration_decay": _fraction,
+    "exploration_steps": _optional(_count),
+    "double_q": _flag,
+    "munchausen": _flag,
+    "munchausen_kwargs": _optional(checks.check_dict),
+    "engine": _one_of(*ENGINE_NAMES),
+    "check_finite": _read_check_finite,
+}
+
+
+class Setting:
+    """An attribute that refuses a value that cannot work at the moment when it is assigned.
+
+    It has no ``__get__``, so that reading it is reading an instance's ``__dict__``, at no cost.
+
+    :param name: of the attribute
+    :param read: what the value may be
+    """
+
+    def __init__(self, name: str, read: Reader) -> None:
+        self._name, self._read = name, read
+
+    def __set__(self, model: "ScratchDQN", value: Any) -> None:
+        """Assign.
+
+        :raises ValueError: if the value cannot work, alone or beside the other settings; then the old one stays
+        """
+        values, name = vars(model), self._name
+        before = values.get(name, _MISSING)
+        values[name] = self._read(name, value)
+        try:
+            model._setting_changed(name)
+        except ValueError:
+            if before is not _MISSING:
+                values[name] = before
+            raise
+
+
+Class = TypeVar("Class", bound=type)
+
+
+def with_settings(cls: Class) -> Class:
+    """Make a :class:`Setting` of each of ``READERS``; decorates a class."""
+    for name, read in READERS.items():
+        setattr(cls, name, Setting(name, read))
+    return cls
+
+
+# Extras, and the values with which they are off
+PLAIN_SETTINGS = {
+    "loss": "huber",
+    "exploration_schedule": "linear",
+    "exploration_steps": None,
+    "double_q": False,
+    "munchausen": False,
+}
+
+
+def extras(model: "ScratchDQN") -> list[str]:
+    """List what a model has switched on that SB3's DQN does not have, as ``name=value``.
+
+    :param model: whose settings are its attributes
+    """
+    names = [name for name, plain in PLAIN_SETTINGS.items() if getattr(model, name) != plain]
+    if isinstance(model.target_update_interval, tuple):
+        names.append("target_update_interval")
+    found = [f"{name}={getattr(model, name)!r}" for name in names]
+    kwargs = model.policy_kwargs
+    found += [f"{name}={kwargs[name]!r}" for name in ("dueling", "noisy") if kwargs.get(name)]
+    if kwargs.get("head", "expected") != "expected":
+        found.append(f"head={kwargs['head']!r}")
+    if model.replay_buffer_kwargs.get("prioritized"):
+        found.append("prioritized=True")
+    return found
+
+
+def check_settings(model: "ScratchDQN") -> None:
+    """Refuse the first setting of a model that cannot work, and bring all into the form that they are kept in.
+
+    :param model: whose settings are its attributes
+    :raises ValueError: naming the setting, its value and what would be right
+    :raises AssertionError: for an environment whose actions are not ``Discrete``
+    """
+    if model.env is not None:
+        checks.check_action_space(model.action_space)
+    values = vars(model)
+    for name, read in READERS.items():  # loading writes into __dict__, past Setting
+        values[name] = read(name, values[name])
+    checks.check_subclass("policy", model.policy_class, DQNPolicy)
+    checks.check_arguments("policy_kwargs", model.policy_kwargs, model.policy_class, refused=_GIVEN_TO_POLICIES)
+    if model.replay_buffer_class is not None:
+        checks.check_subclass("replay_buffer_class", model.replay_buffer_class, ReplayBuffer)
+    buffer_class = model.replay_buffer_class or ScratchReplayBuffer
+    own_buffer = issubclass(buffer_class, ScratchReplayBuffer)
+    given = _GIVEN_TO_BUFFERS | _GIVEN_TO_OWN_BUFFERS if own_buffer else _GIVEN_TO_BUFFERS
+    more = ("frames",) if own_buffer else ()
+    checks.check_arguments("replay_buffer_kwargs", model.replay_buffer_kwargs, buffer_class, refused=given, more=more)
+    if model.env is not None and not own_buffer and has_masks(model.env):
+        raise ValueError(
+            f"replay_buffer_class={buffer_class.__name__} keeps no action masks, but env has them: "
+            "leave replay_buffer_class out, or hide action_masks() of env"
+        )
+    for name in ("prioritized", "handle_timeout_termination"):
+        if name in model.replay_buffer_kwargs:
+            checks.check_flag(f"replay_buffer_kwargs: {name}", model.replay_buffer_kwargs[name])
+    if buffer_class is ScratchReplayBuffer and not model.replay_buffer_kwargs.get("prioritized"):
+        for name in SAMPLER_SETTINGS[1:]:
+            if name in model.replay_buffer_kwargs:
+                raise ValueError(
+                    f"replay_buffer_kwargs={model.replay_buffer_kwargs!r} has {name!r}, which needs prioritized=True"
+                )
+    head_name = model.policy_kwargs.get("head", "expected")
+    check_learning(model, make_head(head_name, model.policy_kwargs.get("head_kwargs")), head_name)
+    check_exploration(model)
+    frequency, unit = checks.parse_frequency("train_freq", model.train_freq)
+    if unit == "episode" and model.n_envs > 1:
+        raise ValueError(
+            f"train_freq={(frequency, unit)!r} counts episodes, which needs one environment, "
+            f"but env has {model.n_envs}: count steps instead"
+        )
+
+
+def check_exploration(model: "ScratchDQN") -> None:
+    """Refuse settings of exploration that contradict each other.
+
+    :param model: whose settings are its attributes
+    :raises ValueError: naming them
+    """
+    if model.exploration_steps is not None and model.exploration_schedule != "linear":
+        raise ValueError(
+            f"exploration_steps={model.exploration_steps!r} is the length of a linear schedule, "
+            f"but exploration_schedule={model.exploration_schedule!r}"
+        )
+
+
+def check_learning(model: "ScratchDQN", head: ValueHead, head_name: str) -> None:
+    """Refuse the first setting that cannot work with the others of those that say what is learned.
+
+    :param model: whose settings are its attributes
+    :param head: of its policy
+    :param head_name: for the message
+    :raises ValueError: naming the setting, its value and what would be right
+    """
+    for name in ("loss", "double_q", "munchausen", "engine"):
+        READERS[name](name, getattr(model, name))
+    _check_munchausen(model)
+    _check_combination(model, head, head_name)
+
+
+def _check_munchausen(model: "ScratchDQN") -> None:
+    kwargs = {} if model.munchausen_kwargs is None else model.munchausen_kwargs
+    checks.check_arguments("munchausen_kwargs", kwargs, MunchausenSettings)
+    tau, alpha, clip = MunchausenSettings(**kwargs)
+    checks.check_number("munchausen_kwargs: tau", tau)
+    checks.check_positive("munchausen_kwargs: tau", tau)
+    checks.check_fraction("munchausen_kwargs: alpha", alpha)
+    checks.check_number("munchausen_kwargs: clip", clip)
+    if clip > 0:
+        raise ValueError(f"munchausen_kwargs: clip={clip!r} must be at most 0: logarithms of probabilities are")
+
+
+def _check_combination(model: "ScratchDQN", head: ValueHead, head_name: str) -> None:
+    """Refuse settings that have no meaning beside each other."""
+    n_steps = max(model.n_steps, checks.check_count("n_steps", model.replay_buffer_kwargs.get("n_steps", 1)))
+    if model.munchausen and n_steps > 1:
+        raise ValueError(
+            f"munchausen=True can not be combined with n_steps={n_steps}: "
+            "the bonus and the entropy of the steps in between would be missing from their return"
+        )
+    if model.munchausen and not head.outputs_are_returns:
+        raise ValueError(
+            f"munchausen=True can not be combined with head={head_name!r}: it shifts and averages returns, "
+            "and the outputs of this head are no returns but logits of probabilities"
+        )
+    if model.loss not in head.losses_taken:
+        raise ValueError(
+            f"loss={model.loss!r} can not be combined with head={head_name!r}, "
+            "which learns probabilities by their cross-entropy: leave loss out"
+        )

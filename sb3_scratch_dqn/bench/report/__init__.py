@@ -1,0 +1,1 @@
+"""Statistics, figures and verdicts of finished runs."""

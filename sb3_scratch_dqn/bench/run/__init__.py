@@ -1,0 +1,1 @@
+"""Training the runs of a comparison."""

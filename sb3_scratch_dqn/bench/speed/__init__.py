@@ -1,0 +1,1 @@
+"""How fast algorithms learn, and how fast replay is."""

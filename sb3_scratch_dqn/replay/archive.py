@@ -1,0 +1,213 @@
+"""Replay buffers as files of plain arrays.
+
+A file is a ZIP archive, as NumPy's ``.npz`` files are: ``header.json`` says what buffer it was, and ``NAME.npy`` holds
+each array. Nothing in it is a pickle, so that reading one runs no code.
+"""
+
+import hashlib
+import io
+import json
+import pathlib
+import zipfile
+import zlib
+from contextlib import AbstractContextManager, nullcontext
+from typing import IO, Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+
+from sb3_scratch_dqn.common.checks import Space, shown
+from sb3_scratch_dqn.common.files import Path, replacing
+from sb3_scratch_dqn.replay import ScratchReplayBuffer, Stacking
+from sb3_scratch_dqn.replay.frames import StackedFrames
+from sb3_scratch_dqn.replay.observations import Array
+from sb3_scratch_dqn.replay.samplers import PrioritizedSampler
+
+SUFFIX = ".npz"
+
+_FORMAT, _VERSION = "sb3-scratch-dqn replay buffer", 1
+_HEADER, _ARRAY_SUFFIX = "header.json", ".npy"
+# Bounds of spaces with more numbers are told by a checksum
+_LONGEST_BOUNDS = 64
+
+
+def write_replay_buffer(buffer: ScratchReplayBuffer, path: Path) -> None:
+    """Write a replay buffer.
+
+    :param buffer: the buffer
+    :param path: where to, or a binary file that is open for writing; a path without a suffix gets ``.npz``
+    :raises OSError: if it cannot be written; an earlier file stays whole
+    """
+    arrays = buffer.store.arrays(buffer.used_rows)
+    header: dict[str, Any] = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "buffer_size": buffer.buffer_size * buffer.n_envs,
+        "n_envs": buffer.n_envs,
+        "pos": buffer.pos,
+        "full": buffer.full,
+        "optimize_memory_usage": buffer.optimize_memory_usage,
+        "handle_timeout_termination": buffer.handle_timeout_termination,
+        "n_steps": buffer.n_steps,
+        "gamma": buffer.gamma,
+        "stacking": None,
+        "sampler": None,
+        "observation_space": describe_space(buffer.observation_space),
+        "action_space": describe_space(buffer.action_space),
+    }
+    if isinstance(buffer.store.keeper, StackedFrames) and buffer.stacking is not None:
+        axes = buffer.stacking.axes
+        header["stacking"] = {**buffer.stacking._asdict(), "axes": axes if isinstance(axes, int) else dict(axes)}
+    if isinstance(buffer.sampler, PrioritizedSampler):
+        header["sampler"] = buffer.sampler.settings()
+        arrays["priorities"] = buffer.sampler.tree.values[: buffer.used_rows * buffer.n_envs]
+    with _writing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(_HEADER, json.dumps(header, indent=1, default=_plain))
+        for name, array in arrays.items():
+            with archive.open(name + _ARRAY_SUFFIX, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+
+
+def is_replay_archive(file: IO[bytes]) -> bool:
+    """Whether a file begins as those of :func:`write_replay_buffer` do; it is read from where it was again."""
+    begin = file.tell()
+    magic = file.read(4)
+    file.seek(begin)
+    return magic == b"PK\x03\x04"
+
+
+def read_replay_archive(
+    file: IO[bytes], what: str, observation_space: Space, action_space: spaces.Discrete, n_envs: int, device: th.device
+) -> ScratchReplayBuffer:
+    """Read what :func:`write_replay_buffer` wrote.
+
+    :param file: where it lies
+    :param what: what it is called in messages
+    :param observation_space: that it must have been written with
+    :param action_space: likewise
+    :param n_envs: likewise
+    :param device: where sampled tensors are to go
+    :raises ValueError: if it is no such file, was cut short or damaged, or does not fit
+    """
+    header, arrays = _read(file, what)
+    for name, needed in (("observation_space", observation_space), ("action_space", action_space)):
+        its = header.get(name)
+        if not isinstance(its, dict) or _without_text(its) != _without_text(describe_space(needed)):
+            its = its.get("text") if isinstance(its, dict) else None
+            raise ValueError(f"{what} has the {name.replace('_', ' ')} {its}, but the model's is {needed}")
+    if header.get("n_envs") != n_envs:
+        raise ValueError(f"{what} has n_envs={header.get('n_envs')}, but must have n_envs={n_envs}, as the model")
+    try:
+        return _restore(header, arrays, observation_space, action_space, n_envs, device)
+    except (ValueError, KeyError, TypeError, ArithmeticError, MemoryError) as error:
+        raise ValueError(f"{what} does not hold together: {error}") from error
+
+
+def _restore(
+    header: dict[str, Any],
+    arrays: dict[str, Array],
+    observation_space: Space,
+    action_space: spaces.Discrete,
+    n_envs: int,
+    device: th.device,
+) -> ScratchReplayBuffer:
+    sampler = header["sampler"]
+    settings = {} if sampler is None else {name: sampler[name] for name in ("alpha", "beta", "beta_final", "epsilon")}
+    buffer = ScratchReplayBuffer(
+        int(header["buffer_size"]),
+        observation_space,
+        action_space,
+        device=device,
+        n_envs=n_envs,
+        optimize_memory_usage=bool(header["optimize_memory_usage"]),
+        handle_timeout_termination=bool(header["handle_timeout_termination"]),
+        n_steps=int(header["n_steps"]),
+        gamma=float(header["gamma"]),
+        stacking=None if header["stacking"] is None else Stacking(**header["stacking"]),
+        prioritized=sampler is not None,
+        **settings,
+    )
+    buffer.pos, buffer.full = int(header["pos"]), bool(header["full"])
+    if not 0 <= buffer.pos < buffer.buffer_size:
+        raise ValueError(f"pos={buffer.pos} lies outside of its {buffer.buffer_size} rows")
+    buffer.store.restore(arrays, buffer.used_rows, buffer.pos, int(action_space.n))
+    actions = buffer.store.actions
+    if len(actions) > 0 and not (actions.min() >= 0 and actions.max() < action_space.n):
+        raise ValueError(f"its array 'actions' has others than 0 to {int(action_space.n) - 1}")
+    if isinstance(buffer.sampler, PrioritizedSampler):
+        buffer.sampler.restore(sampler, arrays["priorities"], buffer.used_rows * n_envs)
+    return buffer
+
+
+def _read(file: IO[bytes], what: str) -> tuple[dict[str, Any], dict[str, Array]]:
+    arrays = {}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            header = json.loads(archive.read(_HEADER))
+            for name in archive.namelist():
+                if name.endswith(_ARRAY_SUFFIX):
+                    with archive.open(name) as member:
+                        arrays[name.removesuffix(_ARRAY_SUFFIX)] = np.lib.format.read_array(member, allow_pickle=False)
+    except (
+        *(zipfile.BadZipFile, zlib.error, EOFError, OSError),
+        *(KeyError, ValueError, RuntimeError, NotImplementedError, MemoryError),
+    ) as error:
+        raise ValueError(f"{what} is no replay buffer file, or was cut short: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise ValueError(f"{what} is no replay buffer file: its header does not say so")
+    if header.get("version") != _VERSION:
+        raise ValueError(
+            f"{what} is of version {header.get('version')!r} of the format, but this package reads {_VERSION}"
+        )
+    return header, arrays
+
+
+def _writing(path: Path) -> AbstractContextManager[IO[bytes]]:
+    if isinstance(path, str | pathlib.Path):
+        place = pathlib.Path(path)
+        if not place.name:
+            raise ValueError(f"path={str(path)!r} must name a file")
+        return replacing(place if place.suffix else place.with_suffix(SUFFIX))
+    if not hasattr(path, "write") or isinstance(path, io.TextIOBase):
+        raise ValueError(f"path={shown(path)} must be a path or an open binary file")
+    return nullcontext(path)  # type: ignore[arg-type]  # a file that is written needs no more than this
+
+
+def describe_space(space: Space) -> dict[str, Any]:
+    """All that tells a space from another one, as JSON has it; its ``text`` is for people alone."""
+    described: dict[str, Any] = {"type": type(space).__name__, "text": str(space)}
+    if isinstance(space, spaces.Dict):
+        described["spaces"] = {key: describe_space(part) for key, part in space.spaces.items()}
+    elif isinstance(space, spaces.Box):
+        described.update(shape=list(space.shape), dtype=str(space.dtype))
+        described.update(low=_bounds(space.low), high=_bounds(space.high))
+    elif isinstance(space, spaces.Discrete):
+        described.update(n=int(space.n), start=int(space.start))
+    elif isinstance(space, spaces.MultiDiscrete):
+        described.update(nvec=space.nvec.tolist())
+    elif isinstance(space, spaces.MultiBinary):
+        described.update(shape=list(space.shape))
+    return described
+
+
+def _without_text(described: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {key: _without_text(part) for key, part in value.items()} if name == "spaces" else value
+        for name, value in described.items()
+        if name != "text"
+    }
+
+
+def _bounds(array: Array) -> list[float] | str:
+    if array.size <= _LONGEST_BOUNDS:
+        numbers: list[float] = array.reshape(-1).astype(float).tolist()
+        return numbers
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy number as JSON has it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} has no place in a header")

@@ -1,0 +1,333 @@
+"""The fused engine computes what the eager one does, up to rounding, and says what it cannot serve."""
+
+import pickle
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import DictEnv, TimeoutEnv, assert_equal
+from recorded import assert_close, distance
+from served import SERVED, SETTINGS, LargerImageEnv, make
+from torch import nn
+
+from sb3_scratch_dqn import DQNPolicy, ScratchDQN
+from sb3_scratch_dqn.engines.fused import products
+from sb3_scratch_dqn.engines.fused.flat import _NOTHING
+from sb3_scratch_dqn.networks.q_network import QNetwork
+
+# The support of C51 is narrow here, so that its ends are met
+pytestmark = pytest.mark.filterwarnings("ignore:head_kwargs=dict:UserWarning")
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("gradient_steps", [1, 4])
+def test_fifty_updates_agree(name, gradient_steps):
+    def learn(engine):
+        model = make(name, engine, gradient_steps=gradient_steps)
+        steps = 4 * 52 // gradient_steps  # calls of env.step()
+        return model.learn(SETTINGS["learning_starts"] + model.n_envs * steps)
+
+    eager, fused, before = learn("eager"), learn("fused"), make(name, "eager")
+    assert fused._engine.name == "fused"
+    assert fused._n_updates == eager._n_updates >= 50
+    assert distance(before, eager) > 1e-3, "the comparison needs updates that change something"
+    assert_close(eager, fused)
+    # The same actions were taken, and the same transitions sampled
+    assert_equal(eager.replay_buffer.actions, fused.replay_buffer.actions)
+
+
+@pytest.mark.parametrize("name", ["defaults", "double", "quantile", "prioritized"])
+def test_many_gradient_steps_at_once_agree(name):
+    settings = {"gradient_steps": 128, "train_freq": 64, "learning_rate": 1e-3}
+    eager, fused = (make(name, engine, **settings).learn(128) for engine in ("eager", "fused"))
+    assert fused._n_updates == eager._n_updates == 256
+    assert_close(eager, fused, bound=2e-4)
+
+
+@pytest.mark.parametrize("name", ["defaults", "noisy", "rainbow", "several environments"])
+def test_both_draw_the_same_random_numbers(name):
+    states = []
+    for engine in ("eager", "fused"):
+        make(name, engine, gradient_steps=3).learn(100)
+        states.append((np.random.get_state()[1:], th.get_rng_state()))
+    assert_equal(*states)
+
+
+@pytest.mark.parametrize("name", ["defaults", "rainbow"])
+def test_engines_can_be_switched_and_models_saved_and_loaded_in_the_middle(name, tmp_path):
+    def learn(engines):
+        model = make(name, engines[0]).learn(100)
+        model.engine = engines[1]
+        model.learn(60, reset_num_timesteps=False)
+        assert model._engine.name == engines[1]
+        model.save(tmp_path / "model.zip")
+        model.save_replay_buffer(tmp_path / "replay")
+        loaded = ScratchDQN.load(tmp_path / "model.zip", env=TimeoutEnv(), engine=engines[2])
+        assert_equal(model.get_parameters(), loaded.get_parameters())
+        loaded.load_replay_buffer(tmp_path / "replay")
+        loaded.learn(60, reset_num_timesteps=False)
+        assert loaded._engine.name == engines[2]
+        return loaded
+
+    whole = learn(["eager", "eager", "eager"])
+    assert_close(whole, learn(["fused", "eager", "fused"]), bound=1e-4)
+    assert_close(whole, learn(["eager", "fused", "eager"]), bound=1e-4)
+
+
+def test_a_loaded_model_trains_what_it_acts_by():
+    model = make("defaults", "fused").learn(100)
+    other = make("defaults", "fused", seed=5).learn(100)
+    model.set_parameters(other.get_parameters())
+    assert distance(model, other) == 0
+    observations = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    assert_equal(model._engine.act(observations), other.predict(observations, deterministic=True)[0])
+    np.random.seed(3)
+    model.replay_buffer = other.replay_buffer
+    model.train(5, 32)
+    np.random.seed(3)
+    other.train(5, 32)
+    assert distance(model, other) == 0
+    assert model.policy.optimizer.state_dict()["state"][0]["step"] == other._n_updates
+
+
+def test_memory_that_somebody_else_puts_in_place_is_used():
+    model = make("defaults", "fused").learn(100)
+    with th.no_grad():
+        for parameter in model.q_net.parameters():
+            parameter.data = th.zeros_like(parameter)
+    model.train(1, 32)
+    largest = max(parameter.abs().max().item() for parameter in model.q_net.parameters())
+    assert 0 < largest < 0.01
+
+
+def test_weights_that_a_callback_writes_are_read():
+    model = make("defaults", "fused").learn(100)
+    with th.no_grad():
+        model.q_net.q_net[4].weight.zero_()
+        model.q_net.q_net[4].bias.copy_(th.tensor([0.0, 2.0, 1.0]))
+    assert model._engine.act(np.zeros((1, 3), np.float32)) == [1]
+    assert model.predict(np.zeros(3, np.float32), deterministic=True)[0] == 1
+
+
+def test_gradients_are_left_where_autograd_leaves_them():
+    fused, eager = (make("defaults", engine).learn(44) for engine in ("fused", "eager"))
+    for one, another in zip(fused.q_net.parameters(), eager.q_net.parameters(), strict=True):
+        th.testing.assert_close(one.grad, another.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_of_which_a_part_was_trained_alone_goes_on():
+    models = [make("defaults", engine).learn(60) for engine in ("eager", "fused")]
+    for model in models:
+        state = model.policy.optimizer.state_dict()
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            state["state"][0][key] = state["state"][0][key] * 0 + (10 if key == "step" else 0)
+        model.policy.optimizer.load_state_dict(state)
+        np.random.seed(1)
+        model.train(20, 32)
+    assert_close(*models)
+    assert models[1].policy.optimizer.state_dict()["state"][0]["step"] == 30
+
+
+def test_averages_that_are_too_small_to_matter_become_zero():
+    model = make("defaults", "fused").learn(60)
+    averages = [state["exp_avg"] for state in model.policy.optimizer.state.values()]
+    averages[0][0, 0] = _NOTHING / 2
+    averages[0][1, 0] = -2 * _NOTHING
+    model._engine._flat._flush()
+    assert averages[0][0, 0] == 0
+    assert averages[0][1, 0] == np.float32(-2 * _NOTHING)
+
+
+class OwnNetwork(QNetwork):
+    def outputs(self, obs):
+        return 2 * super().outputs(obs)
+
+
+class OwnPolicy(DQNPolicy):
+    def make_q_net(self):
+        return OwnNetwork(**self._update_features_extractor(self.net_args))
+
+
+# Policy, environment, arguments of the policy, and what keeps gradients from being computed by hand
+BY_AUTOGRAD = {
+    "images": ("CnnPolicy", LargerImageEnv, {}, "features_extractor_class=NatureCNN does more than flatten"),
+    "dict": ("MultiInputPolicy", DictEnv, {}, "features_extractor_class=CombinedExtractor does more than flatten"),
+    "iqn": ("MlpPolicy", TimeoutEnv, {"head": "iqn"}, "the network is a ImplicitQNetwork, not a plain QNetwork"),
+    "activation": ("MlpPolicy", TimeoutEnv, {"activation_fn": nn.ELU}, "activation_fn=ELU is none of ReLU, Tanh"),
+    "stream": ("MlpPolicy", TimeoutEnv, {"activation_fn": nn.ELU, "dueling": True}, "activation_fn=ELU"),
+    "amsgrad": ("MlpPolicy", TimeoutEnv, {"optimizer_kwargs": {"amsgrad": True, "eps": 1e-4}}, "Adam has amsgrad=True"),
+    "own network": (OwnPolicy, TimeoutEnv, {}, "the network is a OwnNetwork, not a plain QNetwork"),
+}
+
+
+@pytest.mark.parametrize("name", BY_AUTOGRAD)
+def test_what_is_not_served_by_hand_is_served_by_autograd_and_agrees(name, capsys):
+    policy, env, policy_kwargs, reason = BY_AUTOGRAD[name]
+    policy_kwargs = {"optimizer_kwargs": {"eps": 1e-4}, **policy_kwargs}
+    settings = {**SETTINGS, "buffer_size": 100, "gradient_steps": 2, "policy_kwargs": policy_kwargs, "verbose": 1}
+    # Random actions, so that both learn from the same batches: rounding may turn a greedy one, on some processors
+    settings["exploration_final_eps"] = 1.0
+    eager, fused = (ScratchDQN(policy, env(), engine=engine, **settings).learn(140) for engine in ("eager", "auto"))
+    assert (
+        f"Using the fused engine with autograd, as the fused engine cannot serve: {reason}" in capsys.readouterr().out
+    )
+    assert fused._n_updates == eager._n_updates == 50
+    assert_close(eager, fused, bound=1e-4)
+    # Afterwards everything lies where the eager engine expects it
+    assert not vars(fused.q_net).keys() & {"image_format"}
+    assert not fused.policy.optimizer.param_groups[0]["fused"]
+    loaded_state = fused.policy.optimizer.state_dict()
+    eager.policy.optimizer.load_state_dict(loaded_state)
+    eager.train(1, 16)
+
+
+@pytest.mark.parametrize(
+    ("policy_kwargs", "reason"),
+    [
+        ({"optimizer_class": th.optim.SGD}, "optimizer_class=SGD is not Adam"),
+        ({"optimizer_kwargs": {"differentiable": True}}, "Adam has differentiable=True"),
+    ],
+)
+def test_what_the_fused_engine_cannot_serve_is_refused_with_the_reason(policy_kwargs, reason, capsys):
+    with pytest.raises(
+        ValueError, match=r"engine='fused' cannot be used here: .*; engine='auto' takes one that can serve"
+    ) as refusal:
+        ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs=policy_kwargs, engine="fused")
+    assert reason in str(refusal.value)
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs=policy_kwargs, verbose=1)
+    assert model._engine.name == "eager"
+    said = capsys.readouterr().out
+    assert said.count("Using the eager engine, as") == 1
+    assert reason in said
+
+
+def test_the_engine_is_told_once_and_with_the_reason(capsys):
+    model = ScratchDQN("MlpPolicy", TimeoutEnv(), verbose=1, learning_starts=10)
+    assert capsys.readouterr().out.count("Using the fused engine, the fastest for these settings") == 1
+    model.learn(30)
+    assert "engine" not in capsys.readouterr().out
+    ScratchDQN("MlpPolicy", TimeoutEnv(), verbose=1, engine="eager")
+    assert "Using the eager engine, as asked" in capsys.readouterr().out
+    ScratchDQN("MlpPolicy", TimeoutEnv())
+    assert "engine" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("obstacle", ["module", "parameter", "frozen"])
+def test_what_stands_in_the_way_later_makes_it_step_aside(obstacle):
+    model = make("defaults", "auto").learn(60)
+    assert model._engine.name == "fused"
+    layer, seen = model.q_net.q_net[0], []
+    if obstacle == "module":
+        layer.register_forward_hook(lambda *_: seen.append(1))
+    elif obstacle == "parameter":
+        layer.weight.register_hook(lambda _: seen.append(1))
+    else:
+        layer.weight.requires_grad_(False)
+    before = layer.weight.clone()
+    model.learn(20, reset_num_timesteps=False)
+    assert model._engine.title == "the fused engine with autograd"
+    assert th.equal(before, layer.weight) == (obstacle == "frozen")
+    assert bool(seen) == (obstacle != "frozen")
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5), (32, 64, 64), (64, 100, 70), (128, 256, 256)])
+@pytest.mark.parametrize("kind", ["numpy", "torch", "onednn", "chosen"])
+def test_every_way_to_multiply_gives_the_product(kind, shape):
+    rows, n_inputs, n_outputs = shape
+    if kind == "onednn" and not products._has_onednn():
+        pytest.skip("this PyTorch has no oneDNN")
+    ways = products.products_for(*shape) if kind == "chosen" else getattr(products, kind.upper())
+    th.manual_seed(0)
+    x, w, b, g = (
+        products.both(th.randn(size))
+        for size in ((rows, n_inputs), (n_outputs, n_inputs), (n_outputs,), (rows, n_outputs))
+    )
+    out, to_w, to_x = (
+        products.empty(rows, n_outputs),
+        products.empty(n_outputs, n_inputs),
+        products.empty(rows, n_inputs),
+    )
+    products.run([*ways.outputs(x, w, b, out), ways.weight_gradient(g, x, to_w), ways.input_gradient(g, w, to_x)])
+    exact = [one.array.astype(np.float64) for one in (x, w, b, g)]
+    np.testing.assert_allclose(out.array, exact[0] @ exact[1].T + exact[2], atol=1e-4)
+    np.testing.assert_allclose(to_w.array, exact[3].T @ exact[0], atol=1e-4)
+    np.testing.assert_allclose(to_x.array, exact[3] @ exact[1], atol=1e-4)
+
+
+def test_deterministic_algorithms_are_not_chosen_by_the_clock():
+    th.use_deterministic_algorithms(True)
+    try:
+        assert products.products_for(128, 512, 512) is products.TORCH
+    finally:
+        th.use_deterministic_algorithms(False)
+
+
+class Tripled(nn.Sequential):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def unused_parameter(network):
+    network.unused = nn.Parameter(th.ones(2))
+
+
+def no_bias(network):
+    network.q_net[0] = nn.Linear(3, 64, bias=False)
+
+
+def own_layers(network):
+    network.q_net = Tripled(*network.q_net)
+
+
+def tied(network):
+    network.q_net[2].weight = nn.Parameter(th.eye(64))
+    network.q_net[4] = nn.Linear(64, 3)
+    network.q_net[0] = nn.Linear(3, 64)
+    network.q_net.insert(3, network.q_net[2])
+
+
+@pytest.mark.parametrize("change", [unused_parameter, no_bias, own_layers, tied])
+def test_networks_that_only_look_plain_are_left_to_autograd(change):
+    class Policy(DQNPolicy):
+        def make_q_net(self):
+            network = super().make_q_net()
+            change(network)
+            return network
+
+    settings = {**SETTINGS, "policy_kwargs": {"optimizer_kwargs": {"eps": 1e-4, "weight_decay": 0.1}}}
+    eager, auto = (
+        ScratchDQN(Policy, TimeoutEnv(), engine=engine, **settings).learn(80) for engine in ("eager", "auto")
+    )
+    assert auto._engine.title == "the fused engine with autograd"
+    assert_close(eager, auto)
+
+
+def test_small_averages_are_looked_for_while_training():
+    model = make("defaults", "fused").learn(60)
+    average = model.policy.optimizer.state[model.q_net.q_net[0].weight]["exp_avg"]
+    dead = 7
+    with th.no_grad():  # a unit that is never active has no gradient
+        model.q_net.q_net[0].weight[dead] = 0
+        model.q_net.q_net[0].bias[dead] = -1
+    average[dead] = _NOTHING
+    model.train(200, 32)
+    assert not average[dead].any()
+
+
+def test_models_can_be_pickled_and_copied_after_training():
+    model = make("rainbow", "fused").learn(60)
+    for again in (pickle.loads(pickle.dumps(model)), deepcopy(model)):
+        assert_equal(model.get_parameters(), again.get_parameters())
+        before = [parameter.clone() for parameter in model.policy.parameters()]
+        again.train(3, 32)
+        assert_equal(before, list(model.policy.parameters()))
+        assert distance(model, again) > 0
+
+
+def test_losses_that_are_no_numbers_are_no_numbers_in_every_engine():
+    for engine in ("eager", "fused"):
+        model = make("mse", engine, max_grad_norm=float("inf")).learn(50)
+        model.replay_buffer.rewards[:] = 1e19
+        model.train(2, 32)
+        assert model.q_net.q_net[4].bias.isnan().any(), engine
