@@ -18,7 +18,7 @@ from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.observations import Array, Observation
 from sb3_scratch_dqn.values.masks import Masks, check_masks, find_masks, masks_of_next_states
-from sb3_scratch_dqn.values.support import SupportWatch
+from sb3_scratch_dqn.values.support import SupportMonitor
 
 
 class GreedyActor(Protocol):
@@ -48,12 +48,12 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
     _read_masks: Callable[[], Masks] | None = None  # of the environments; None if they have no masks
     _masks: Masks | None = None  # of the states that the environments are in
     _act: GreedyActor | None = None
-    _stores_plainly: bool = False
-    _looked_at_engine: bool = False  # and nobody could have changed anything since that acting depends on
-    _in_step: bool = False  # the environments may be ahead of the last observation
+    _adds_directly: bool = False
+    _engine_checked: bool = False  # and nobody could have changed anything since that acting depends on
+    _mid_step: bool = False  # the environments may be ahead of the last observation
     _is_reference: bool = False  # trains exactly as SB3's DQN does
     _checks_finite: bool = True
-    _support: SupportWatch | None = None
+    _support_monitor: SupportMonitor | None = None
     _interrupts = Interrupts()  # while training, those of learn()
 
     def predict(
@@ -133,7 +133,7 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
     # In training
 
     def _make_epsilon_schedule(self) -> None:
-        self._epsilon_made_of = self.exploration_schedule
+        self._epsilon_schedule_source = self.exploration_schedule
         self._epsilon_schedule = make_epsilon_schedule(
             self.exploration_schedule,
             self.exploration_initial_eps,
@@ -144,7 +144,7 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         )
 
     def _update_exploration_rate(self) -> None:
-        if self._epsilon_made_of is not self.exploration_schedule:  # a callback changed it
+        if self._epsilon_schedule_source is not self.exploration_schedule:  # a callback changed it
             self._make_epsilon_schedule()
         self.exploration_rate = self._epsilon_schedule(
             self._current_progress_remaining, self._episodes_finished, self._env_steps
@@ -171,7 +171,7 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         """Find the short cuts that nobody stands in the way of, for the steps to come."""
         plain = self._masks is None and not replaced(self, EpsilonGreedyAlgorithm, "predict")
         self._act = self._greedy_actor() if plain else None
-        self._stores_plainly = (
+        self._adds_directly = (
             self._vec_normalize_env is None
             and type(self.replay_buffer) is ScratchReplayBuffer
             and not replaced(self.replay_buffer, ScratchReplayBuffer, "add")
@@ -244,14 +244,14 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
                 for info, mask, next_mask in zip(infos, self._masks, next_masks, strict=True)
             ]
             self._masks = masks_now
-        if self._stores_plainly and not ended:
+        if self._adds_directly and not ended:
             # SB3 copies the observations, into which it writes those that episodes ended with; here are none, and the
             # buffer makes copies of its own
             replay_buffer.add(self._last_obs, new_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]  # dicts too
             self._last_original_obs, self._last_obs = self._last_obs, new_obs
         else:
             super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        if self._support is not None:
-            self._support.step(reward, dones, self.gamma)
+        if self._support_monitor is not None:
+            self._support_monitor.step(reward, dones, self.gamma)
         self._episodes_ended_now = int(np.count_nonzero(dones)) if ended else 0
         self._episodes_finished += self._episodes_ended_now

@@ -21,7 +21,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
 
-from sb3_scratch_dqn.algorithm.settings import READERS, extras
+from sb3_scratch_dqn.algorithm.settings import READERS, enabled_extras
 from sb3_scratch_dqn.common.checks import check_device, check_environment
 from sb3_scratch_dqn.common.files import policy_module, read_model_settings
 from sb3_scratch_dqn.common.wrappers import plain_names
@@ -147,7 +147,7 @@ def to_sb3(model: "ScratchDQN") -> "DQN":
     changed["policy_kwargs"] = {
         name: deepcopy(value) for name, value in model.policy_kwargs.items() if name not in NETWORK_SETTINGS
     }
-    lost = extras(model)
+    lost = enabled_extras(model)
     if isinstance(buffer, ScratchReplayBuffer):
         for name in (*SAMPLER_SETTINGS, "frames"):
             changed["replay_buffer_kwargs"].pop(name, None)
@@ -294,11 +294,11 @@ def _buffer_settings(buffer: ReplayBuffer) -> dict[str, Any]:
 
 
 def _copy_rows(source: Any, target: Any, rows: int) -> None:
-    keeper = getattr(source, "keeper", None)
-    if isinstance(keeper, StackedFrames):
-        keeper = keeper.dense()  # once, for both
+    obs_store = getattr(source, "keeper", None)
+    if isinstance(obs_store, StackedFrames):
+        obs_store = obs_store.dense()  # once, for both
     for name in ("observations", "next_observations", *Store.COLUMNS):
-        holder = source if keeper is None or name in Store.COLUMNS else keeper
+        holder = source if obs_store is None or name in Store.COLUMNS else obs_store
         if name == "next_observations" and not (hasattr(holder, name) and hasattr(target, name)):
             continue  # observations are kept once, on both sides
         taken, given = getattr(holder, name), getattr(target, name)

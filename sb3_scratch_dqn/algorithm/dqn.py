@@ -29,27 +29,27 @@ from sb3_scratch_dqn.algorithm.replay_setup import (
 )
 from sb3_scratch_dqn.algorithm.rollout import LeanRollouts
 from sb3_scratch_dqn.algorithm.settings import (
-    PLAIN_SETTINGS,
+    REFERENCE_DEFAULTS,
     check_exploration,
     check_learning,
     check_settings,
-    extras,
+    enabled_extras,
     read_verbose,
     with_settings,
 )
-from sb3_scratch_dqn.algorithm.subprocesses import PIPE_ERRORS, death_of_environment, deaths_end_waiting
+from sb3_scratch_dqn.algorithm.subprocesses import PIPE_ERRORS, find_dead_environment, unblock_on_death
 from sb3_scratch_dqn.algorithm.target_sync import sync_is_due
 from sb3_scratch_dqn.common import checks
 from sb3_scratch_dqn.common.files import Path
 from sb3_scratch_dqn.common.interrupts import Interrupts
 from sb3_scratch_dqn.common.overriding import replaced
-from sb3_scratch_dqn.engines import CannotRecordError, Engine, choose_engine, find_engine
+from sb3_scratch_dqn.engines import CaptureError, Engine, choose_engine, find_engine
 from sb3_scratch_dqn.networks.policies import CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
 from sb3_scratch_dqn.networks.q_network import QNetwork
 from sb3_scratch_dqn.replay import batch_source, check_sampling
 from sb3_scratch_dqn.replay.prefill import read_transitions, store_transitions
 from sb3_scratch_dqn.values.heads import LOSSES, CategoricalHead
-from sb3_scratch_dqn.values.support import SupportWatch
+from sb3_scratch_dqn.values.support import SupportMonitor
 from sb3_scratch_dqn.values.td import MunchausenSettings, Objective
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from stable_baselines3.dqn import DQN
 
 # Callbacks write the log too, at times that nobody knows before; figures of an update must lie ready then
-_UPDATES_BETWEEN_FIGURES = 100
+_UPDATES_BETWEEN_METRICS = 100
 
 SelfScratchDQN = TypeVar("SelfScratchDQN", bound="ScratchDQN")
 
@@ -270,8 +270,8 @@ class ScratchDQN(LeanRollouts):
         """Follow a setting that was assigned; those of a model that is not set up yet are read by the set-up."""
         if "policy" not in vars(self):
             return
-        if name in ("check_finite", "engine", *PLAIN_SETTINGS):
-            self._follow_reference()
+        if name in ("check_finite", "engine", *REFERENCE_DEFAULTS):
+            self._update_reference_mode()
         if name == "learning_rate":
             self._setup_lr_schedule()
         elif name.startswith("exploration_"):
@@ -291,12 +291,12 @@ class ScratchDQN(LeanRollouts):
         check_learning(self, self.policy.head, self.policy.head_name)
         before = getattr(self, "_engine", None)
         self._engine, why = choose_engine(self.engine, self.policy, self._objective())
-        self._engine_made_of = self._what_engines_are_made_of()
+        self._engine_settings = self._current_engine_settings()
         self._act = None  # of the engine before, whose memory another may need
         if self.verbose >= 1 and (before is None or before.title != self._engine.title):
             print(why)
 
-    def _what_engines_are_made_of(self) -> tuple[Any, ...]:
+    def _current_engine_settings(self) -> tuple[Any, ...]:
         return self.engine, self.loss, self.double_q, self.munchausen, dict(self.munchausen_kwargs or {})
 
     def _current_engine(self) -> Engine:
@@ -304,8 +304,8 @@ class ScratchDQN(LeanRollouts):
         engine = self._engine
         if (
             engine.policy is not self.policy
-            or self._engine_made_of != self._what_engines_are_made_of()
-            or engine.outdated()
+            or self._engine_settings != self._current_engine_settings()
+            or engine.is_stale()
         ):
             self._choose_engine()
         return self._engine
@@ -320,7 +320,7 @@ class ScratchDQN(LeanRollouts):
     def _greedy_actor(self) -> GreedyActor | None:
         if replaced(self.policy, DQNPolicy, "predict", "_predict", "obs_to_tensor"):
             return None
-        return (self._engine if self._looked_at_engine else self._current_engine()).act
+        return (self._engine if self._engine_checked else self._current_engine()).act
 
     def _objective(self) -> Objective:
         munchausen = self.munchausen_kwargs or {}
@@ -378,7 +378,7 @@ class ScratchDQN(LeanRollouts):
         self._check_learn_arguments(callback, log_interval, tb_log_name, progress_bar)
         checks.check_flag("reset_num_timesteps", reset_num_timesteps)
         try:
-            with Interrupts() as self._interrupts, deaths_end_waiting(self.env):
+            with Interrupts() as self._interrupts, unblock_on_death(self.env):
                 return super().learn(
                     total_timesteps=total_timesteps,
                     callback=callback,
@@ -388,12 +388,12 @@ class ScratchDQN(LeanRollouts):
                     progress_bar=progress_bar,
                 )
         except PIPE_ERRORS as error:
-            death = death_of_environment(self.env)
+            death = find_dead_environment(self.env)
             if death is None:
                 raise
             raise death from error
         finally:
-            self._looked_at_engine = False
+            self._engine_checked = False
             vars(self).pop("_interrupts", None)
 
     @staticmethod
@@ -403,7 +403,7 @@ class ScratchDQN(LeanRollouts):
         if log_interval is not None:
             checks.check_count("log_interval", log_interval)
         if not isinstance(tb_log_name, str):
-            raise ValueError(f"tb_log_name={checks.shown(tb_log_name)} must be a string")
+            raise ValueError(f"tb_log_name={checks.brief(tb_log_name)} must be a string")
 
     def _setup_learn(
         self,
@@ -418,14 +418,14 @@ class ScratchDQN(LeanRollouts):
         # Again, because a model may have been loaded with a small buffer, which serves as long as it only predicts
         checks.check_buffer_holds_batch(self.buffer_size, self.batch_size)
         checks.check_duration(total_timesteps)
-        self._engine_for_training().take_hold()
-        self._follow_reference()
-        self._watch_support()
-        if self._in_step:  # a step was interrupted: what the environments did since the last observation is not known
+        self._engine_for_training().attach()
+        self._update_reference_mode()
+        self._update_support_monitor()
+        if self._mid_step:  # a step was interrupted: what the environments did since the last observation is not known
             self._last_obs = None
         if reset_num_timesteps:
             self._episodes_finished = 0
-        starts_anew = self._in_step = reset_num_timesteps or self._last_obs is None
+        starts_anew = self._mid_step = reset_num_timesteps or self._last_obs is None
         if starts_anew:  # the environments will be reset
             self._end_trajectories()
         self._make_logger(tb_log_name, reset_num_timesteps)
@@ -434,7 +434,7 @@ class ScratchDQN(LeanRollouts):
             prepared = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         finally:
             self._custom_logger = custom_logger
-        self._in_step = False
+        self._mid_step = False
         if starts_anew and self._checks_finite:
             self._check_first_observations()
         self._find_masks()  # of environments that are reset by now
@@ -443,18 +443,18 @@ class ScratchDQN(LeanRollouts):
         warn_of_memory(self.replay_buffer, self.env)
         return prepared
 
-    def _follow_reference(self) -> None:
+    def _update_reference_mode(self) -> None:
         """Decide whether training is to be SB3's to the last bit, and so whether numbers are looked at."""
-        self._is_reference = self.engine == "eager" and not extras(self)
+        self._is_reference = self.engine == "eager" and not enabled_extras(self)
         self._checks_finite = self.check_finite is True or (self.check_finite == "auto" and not self._is_reference)
 
-    def _watch_support(self) -> None:
+    def _update_support_monitor(self) -> None:
         """Compare returns with the support of a C51 head, if there is one."""
         head = getattr(self.policy, "head", None)
         if not isinstance(head, CategoricalHead):
-            self._support = None
-        elif self._support is None or self._support.head is not head:
-            self._support = SupportWatch(head, self.n_envs)
+            self._support_monitor = None
+        elif self._support_monitor is None or self._support_monitor.head is not head:
+            self._support_monitor = SupportMonitor(head, self.n_envs)
 
     def _end_trajectories(self) -> None:
         """Let no return of several steps reach over a reset that replay knows nothing of."""
@@ -495,7 +495,7 @@ class ScratchDQN(LeanRollouts):
         # Callbacks may have changed the interval
         interval = self.target_update_interval
         if sync_is_due(interval, self.n_envs, self._n_calls, self._episodes_finished, self._episodes_ended_now):
-            self._current_engine().move_target(self.tau)
+            self._current_engine().update_target(self.tau)
         self._update_exploration_rate()
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
@@ -518,23 +518,23 @@ class ScratchDQN(LeanRollouts):
         engine = self._current_engine()
         self._update_learning_rate(self.policy.optimizer)
         # Of a buffer behind a proxy, too
-        progressed = getattr(getattr(self.replay_buffer, "sampler", None), "progressed", None)
-        if progressed is not None:
-            progressed(max(self._current_progress_remaining, 0.0))
+        set_progress = getattr(getattr(self.replay_buffer, "sampler", None), "set_progress", None)
+        if set_progress is not None:
+            set_progress(max(self._current_progress_remaining, 0.0))
         source = batch_source(self.replay_buffer, batch_size, self._vec_normalize_env, self.gamma)
         try:
             losses = engine.train(source, gradient_steps, self.max_grad_norm)
-        except CannotRecordError:  # before anything happened
+        except CaptureError:  # before anything happened
             self._choose_engine()
             losses = self._engine.train(source, gradient_steps, self.max_grad_norm)
         self._n_updates += gradient_steps
-        if self._n_updates // _UPDATES_BETWEEN_FIGURES > (self._n_updates - gradient_steps) // _UPDATES_BETWEEN_FIGURES:
-            self._log_figures()
+        if self._n_updates // _UPDATES_BETWEEN_METRICS > (self._n_updates - gradient_steps) // _UPDATES_BETWEEN_METRICS:
+            self._log_metrics()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         # The mean of one number takes NumPy several times as long as all else here
         self.logger.record("train/loss", losses[0] if len(losses) == 1 else np.mean(losses))
         # Unless somebody comes behind this, the next rollout finds the engine as it was here
-        self._looked_at_engine = type(self) is ScratchDQN and "train" not in vars(self)
+        self._engine_checked = type(self) is ScratchDQN and "train" not in vars(self)
 
     def learn_offline(
         self: SelfScratchDQN,
@@ -568,7 +568,7 @@ class ScratchDQN(LeanRollouts):
         if self.replay_buffer.size() == 0:
             raise ValueError("the replay buffer is empty: fill it first, by load_transitions() or load_replay_buffer()")
         check_sampling(self.replay_buffer, masked=False)
-        self._engine_for_training().take_hold()
+        self._engine_for_training().attach()
         self._make_logger(tb_log_name, reset_num_timesteps=True)
         offline.learn(self, steps, callback, log_interval, progress_bar, interval)
         return self
@@ -576,12 +576,12 @@ class ScratchDQN(LeanRollouts):
     def dump_logs(self) -> None:
         """Write what was logged, and with it how the last update looked."""
         if self.logger.output_formats:  # somebody reads it
-            self._log_figures()
+            self._log_metrics()
         super().dump_logs()
 
-    def _log_figures(self) -> None:
+    def _log_metrics(self) -> None:
         if self._engine.last_update is not None:
-            for name, value in self._engine.last_update.figures().items():
+            for name, value in self._engine.last_update.metrics().items():
                 self.logger.record(name, value)
             self._engine.last_update = None
 
@@ -643,7 +643,7 @@ class ScratchDQN(LeanRollouts):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle all but what is made of the rest."""
-        made = ("_engine", "_engine_made_of", "_act", "_interrupts", "_read_masks")
+        made = ("_engine", "_engine_settings", "_act", "_interrupts", "_read_masks")
         return {name: value for name, value in vars(self).items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -658,18 +658,18 @@ class ScratchDQN(LeanRollouts):
             *super()._excluded_save_params(),
             *made_by_setup,
             "_epsilon_schedule",
-            "_epsilon_made_of",
+            "_epsilon_schedule_source",
             "_engine",
-            "_engine_made_of",
+            "_engine_settings",
             "_masks",
             "_read_masks",
             "_act",
-            "_stores_plainly",
-            "_looked_at_engine",
+            "_adds_directly",
+            "_engine_checked",
             "_is_reference",
             "_checks_finite",
             "_interrupts",
-            "_support",
+            "_support_monitor",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

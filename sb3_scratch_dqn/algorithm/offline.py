@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.type_aliases import MaybeCallback, TrainFreq, TrainFrequencyUnit
 
-from sb3_scratch_dqn.algorithm.rollout import does_nothing
+from sb3_scratch_dqn.algorithm.rollout import is_noop
 from sb3_scratch_dqn.common import checks
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def learn(
     environment_steps, first = model.num_timesteps, model._n_updates
     model.num_timesteps = first
     callback = model._init_callback(callback, progress_bar=False)
-    watched = not does_nothing(callback)
+    watched = not is_noop(callback)
     bar = _progress_bar(model, first + gradient_steps) if progress_bar else None
     # What callbacks see, as from learn()
     seen: dict[str, Any] = {"self": model, "total_timesteps": first + gradient_steps, "log_interval": log_interval}
@@ -74,7 +74,7 @@ def learn(
             model.num_timesteps = first + done
             model._update_current_progress_remaining(done, gradient_steps)
             if model._n_updates % interval == 0:
-                model._current_engine().move_target(model.tau)
+                model._current_engine().update_target(model.tau)
             if watched:
                 callback.update_locals(seen)
                 going_on = callback.on_step()
@@ -87,7 +87,7 @@ def learn(
         if bar is not None:
             bar.on_training_end()
         model.num_timesteps = environment_steps
-        model._looked_at_engine = False
+        model._engine_checked = False
 
 
 def _progress_bar(model: "ScratchDQN", total: int) -> ProgressBarCallback:
@@ -98,7 +98,7 @@ def _progress_bar(model: "ScratchDQN", total: int) -> ProgressBarCallback:
 
 
 def _log(model: "ScratchDQN", done: int, seconds: float) -> None:
-    model._log_figures()
+    model._log_metrics()
     model.logger.record("time/updates_per_second", int(done / max(seconds, 1e-9)))
     model.logger.record("time/time_elapsed", int(seconds), exclude="tensorboard")
     model.logger.dump(step=model.num_timesteps)

@@ -21,7 +21,7 @@ from stable_baselines3.common.save_util import data_to_json, load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_scratch_dqn.common.checks import check_device, check_environment, check_flag, check_same_spaces, shown
+from sb3_scratch_dqn.common.checks import brief, check_device, check_environment, check_flag, check_same_spaces
 from sb3_scratch_dqn.common.files import (
     Path,
     check_saved_by,
@@ -83,7 +83,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         for name, state in given.items():
             needed_keys = {"state", "param_groups"} if name.endswith("optimizer") else set()
             if not isinstance(state, Mapping) or not needed_keys <= state.keys():
-                raise ValueError(f"parameters of {name} must be a state_dict, but are {shown(state)}")
+                raise ValueError(f"parameters of {name} must be a state_dict, but are {brief(state)}")
         missing = sorted(before.keys() - given.keys())
         if missing and exact_match:
             raise ValueError(f"parameters of {', '.join(missing)} are missing: pass exact_match=False to keep them")
@@ -236,7 +236,7 @@ def _names(name: str, value: Any) -> list[str] | None:
     # A string would be one letter after the other
     names = None if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
     if names is None or not all(isinstance(one, str) for one in names):
-        raise ValueError(f"{name}={shown(value)} must be None or a list of names of attributes")
+        raise ValueError(f"{name}={brief(value)} must be None or a list of names of attributes")
     return names
 
 

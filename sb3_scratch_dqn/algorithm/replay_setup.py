@@ -10,7 +10,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_scratch_dqn.algorithm.conversion import PLAIN_BUFFERS, to_scratch_buffer
 from sb3_scratch_dqn.algorithm.stacking import find_stacking
-from sb3_scratch_dqn.common.checks import shown
+from sb3_scratch_dqn.common.checks import brief
 from sb3_scratch_dqn.common.memory import available_memory
 from sb3_scratch_dqn.replay import NotStackedError, ScratchReplayBuffer, Stacking
 from sb3_scratch_dqn.replay.frames import StackedFrames
@@ -59,7 +59,7 @@ def make_replay_buffer(model: "ScratchDQN", env: VecEnv | None) -> ReplayBuffer:
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"replay_buffer_class={buffer_class.__name__} cannot be made with "
-            f"replay_buffer_kwargs={shown(model.replay_buffer_kwargs)}: {type(error).__name__}: {error}"
+            f"replay_buffer_kwargs={brief(model.replay_buffer_kwargs)}: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -76,7 +76,7 @@ def _stacking(model: "ScratchDQN", env: VecEnv | None, frames: object) -> Stacki
     :param frames: the setting
     """
     if not isinstance(frames, bool) and not (isinstance(frames, str) and frames == "auto"):
-        raise ValueError(f"frames={shown(frames)} must be 'auto', True or False")
+        raise ValueError(f"frames={brief(frames)} must be 'auto', True or False")
     if frames is False or (frames == "auto" and model.optimize_memory_usage):
         return None
     stacking = None if env is None else find_stacking(env)
@@ -106,10 +106,10 @@ def buffer_for_environment(model: "ScratchDQN", env: VecEnv) -> ReplayBuffer | N
     """
     buffer = model.replay_buffer
     if type(buffer) is ScratchReplayBuffer and buffer.size() == 0:
-        fresh = make_replay_buffer(model, env)
-        assert isinstance(fresh, ScratchReplayBuffer)
-        if fresh.stacking != buffer.stacking:
-            return fresh
+        replacement = make_replay_buffer(model, env)
+        assert isinstance(replacement, ScratchReplayBuffer)
+        if replacement.stacking != buffer.stacking:
+            return replacement
     return buffer
 
 
@@ -129,7 +129,7 @@ def warn_of_memory(buffer: ReplayBuffer, env: VecEnv | None) -> None:
         return
     fitting = int(transitions * (held + available) / needed)
     ways = [f"lower buffer_size ({fitting:,} transitions would fit)"]
-    if isinstance(store.keeper, DenseObservations) and not buffer.optimize_memory_usage:
+    if isinstance(store.obs_store, DenseObservations) and not buffer.optimize_memory_usage:
         if _could_keep_frames(buffer, env):
             ways.append("keep each frame once by replay_buffer_kwargs=dict(frames=True)")
         ways.append(

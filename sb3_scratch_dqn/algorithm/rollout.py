@@ -68,7 +68,7 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
             assert train_freq.unit == TrainFrequencyUnit.STEP, "episodes can be counted with one environment only"
         if self.policy.training or self.policy.q_net.training:  # batch normalisation and dropout
             self.policy.set_training_mode(False)
-        watched, n_envs = not does_nothing(callback), env.num_envs
+        watched, n_envs = not is_noop(callback), env.num_envs
 
         # What callbacks see, by the names that it has in SB3; those of the steps come with them
         seen: dict[str, Any] = {
@@ -84,13 +84,13 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
         }
         num_collected_steps, num_collected_episodes = 0, 0
         callback.on_rollout_start()
-        self._looked_at_engine = self._looked_at_engine and not watched
+        self._engine_checked = self._engine_checked and not watched
         self._choose_how_to_act()
-        self._looked_at_engine = False
+        self._engine_checked = False
         step, interrupts = lean_step(env), self._interrupts
         while should_collect_more_steps(train_freq, num_collected_steps, num_collected_episodes):
             actions, buffer_actions = self._sample_action(learning_starts, action_noise, n_envs)
-            self._in_step = True
+            self._mid_step = True
             new_obs, rewards, dones, infos = step(actions)
             self.num_timesteps += n_envs
             num_collected_steps += 1
@@ -111,7 +111,7 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
                     if not self._is_reference:  # SB3 forgets this step, and would go on from the observation before it
                         self._update_info_buffer(infos, dones)
                         self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)
-                    self._in_step = False
+                    self._mid_step = False
                     return RolloutReturn(num_collected_steps * n_envs, num_collected_episodes, continue_training=False)
                 # The callback may have changed what stands in the way
                 self._choose_how_to_act()
@@ -120,7 +120,7 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
             self._update_info_buffer(infos, dones)
             interrupts.held = True
             self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)
-            self._in_step = interrupts.held = False
+            self._mid_step = interrupts.held = False
             if interrupts.waiting is not None:
                 interrupts.release()
             self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
@@ -140,7 +140,7 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
         return RolloutReturn(num_collected_steps * n_envs, num_collected_episodes, continue_training=True)
 
 
-def does_nothing(callback: BaseCallback) -> bool:
+def is_noop(callback: BaseCallback) -> bool:
     """Whether a callback is what SB3 makes of ``callback=None``, which nobody else holds."""
     return type(callback) is ConvertCallback and callback.callback is None
 

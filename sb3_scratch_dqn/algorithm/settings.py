@@ -165,7 +165,7 @@ def with_settings(cls: Class) -> Class:
 
 
 # Extras, and the values with which they are off
-PLAIN_SETTINGS = {
+REFERENCE_DEFAULTS = {
     "loss": "huber",
     "exploration_schedule": "linear",
     "exploration_steps": None,
@@ -174,12 +174,12 @@ PLAIN_SETTINGS = {
 }
 
 
-def extras(model: "ScratchDQN") -> list[str]:
+def enabled_extras(model: "ScratchDQN") -> list[str]:
     """List what a model has switched on that SB3's DQN does not have, as ``name=value``.
 
     :param model: whose settings are its attributes
     """
-    names = [name for name, plain in PLAIN_SETTINGS.items() if getattr(model, name) != plain]
+    names = [name for name, plain in REFERENCE_DEFAULTS.items() if getattr(model, name) != plain]
     if isinstance(model.target_update_interval, tuple):
         names.append("target_update_interval")
     found = [f"{name}={getattr(model, name)!r}" for name in names]
@@ -290,7 +290,7 @@ def _check_combination(model: "ScratchDQN", head: ValueHead, head_name: str) -> 
             f"munchausen=True can not be combined with head={head_name!r}: it shifts and averages returns, "
             "and the outputs of this head are no returns but logits of probabilities"
         )
-    if model.loss not in head.losses_taken:
+    if model.loss not in head.supported_losses:
         raise ValueError(
             f"loss={model.loss!r} can not be combined with head={head_name!r}, "
             "which learns probabilities by their cross-entropy: leave loss out"

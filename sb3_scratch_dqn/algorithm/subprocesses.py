@@ -25,7 +25,7 @@ def _processes(env: VecEnv | None) -> SubprocVecEnv | None:
     return env if isinstance(env, SubprocVecEnv) and not env.closed else None
 
 
-def death_of_environment(env: VecEnv | None) -> ChildProcessError | None:
+def find_dead_environment(env: VecEnv | None) -> ChildProcessError | None:
     """Describe the first process of a ``SubprocVecEnv`` that has ended. Call it after one of ``PIPE_ERRORS``.
 
     :param env: the environments, with or without wrappers
@@ -60,7 +60,7 @@ def _is_forked(process: Any) -> bool:
 
 
 @contextmanager
-def deaths_end_waiting(env: VecEnv | None) -> Iterator[None]:
+def unblock_on_death(env: VecEnv | None) -> Iterator[None]:
     """Let this process not wait for an answer of an environment whose process has ended.
 
     A pipe closes when all processes that have its other end have ended. A forked process has those of its siblings too,

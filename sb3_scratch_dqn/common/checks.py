@@ -26,7 +26,7 @@ FREQUENCY_UNITS = ("step", "episode")
 _LONGEST_SHOWN = 200  # characters
 
 
-def shown(value: Any) -> str:
+def brief(value: Any) -> str:
     """Represent a value in a message: on one line, and not all of it if it is long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
@@ -54,9 +54,9 @@ def check_count(name: str, value: Any, minimum: int = 1) -> int:
     """
     value = _scalar(value)
     if not math.isfinite(_as_float(value)) or value != int(value) or value < minimum:
-        raise ValueError(f"{name}={shown(value)} must be a whole number of at least {minimum}")
+        raise ValueError(f"{name}={brief(value)} must be a whole number of at least {minimum}")
     if value >= 2**63:
-        raise ValueError(f"{name}={shown(value)} must be a whole number below 2**63")
+        raise ValueError(f"{name}={brief(value)} must be a whole number below 2**63")
     return int(value)
 
 
@@ -67,7 +67,7 @@ def check_fraction(name: str, value: Any) -> Any:
     """
     value = _scalar(value)
     if not 0 <= _as_float(value) <= 1:
-        raise ValueError(f"{name}={shown(value)} must be a number between 0 and 1")
+        raise ValueError(f"{name}={brief(value)} must be a number between 0 and 1")
     return value if isinstance(value, int | float | np.number) else float(value)
 
 
@@ -78,26 +78,26 @@ def check_positive(name: str, value: Any) -> Any:
     """
     value = _scalar(value)
     if not _as_float(value) > 0:
-        raise ValueError(f"{name}={shown(value)} must be a number above 0")
+        raise ValueError(f"{name}={brief(value)} must be a number above 0")
     return value if isinstance(value, float | np.number) else _as_float(value)
 
 
 def check_number(name: str, value: Any) -> None:
     """Refuse what is not a finite number."""
     if not math.isfinite(_as_float(value)):
-        raise ValueError(f"{name}={shown(value)} must be a finite number")
+        raise ValueError(f"{name}={brief(value)} must be a finite number")
 
 
 def check_not_negative(name: str, value: Any) -> None:
     """Refuse what is not a finite number of at least 0."""
     if not 0 <= _as_float(value) < math.inf:
-        raise ValueError(f"{name}={shown(value)} must be a number of at least 0")
+        raise ValueError(f"{name}={brief(value)} must be a number of at least 0")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Refuse what is not among ``choices``."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}={shown(value)} is unknown: choose one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name}={brief(value)} is unknown: choose one of {', '.join(map(repr, choices))}")
 
 
 def check_makes_module(name: str, factory: Any) -> None:
@@ -118,7 +118,7 @@ def check_makes_module(name: str, factory: Any) -> None:
             made = None
     if not isinstance(made, nn.Module):
         raise ValueError(
-            f"{name}={shown(factory)} must be a subclass of torch.nn.Module, "
+            f"{name}={brief(factory)} must be a subclass of torch.nn.Module, "
             "or a function without arguments that makes one"
         )
 
@@ -126,13 +126,13 @@ def check_makes_module(name: str, factory: Any) -> None:
 def check_subclass(name: str, value: Any, base: type) -> None:
     """Refuse what is not a class derived from ``base``."""
     if not isinstance(value, type) or not issubclass(value, base):
-        raise ValueError(f"{name}={shown(value)} must be a subclass of {base.__module__}.{base.__name__}")
+        raise ValueError(f"{name}={brief(value)} must be a subclass of {base.__module__}.{base.__name__}")
 
 
 def check_environment(value: Any) -> None:
     """Refuse what is neither an environment nor a name."""
     if not isinstance(value, str) and not (hasattr(value, "reset") and hasattr(value, "step")):
-        raise ValueError(f"env={shown(value)} must be an environment, or the name of one")
+        raise ValueError(f"env={brief(value)} must be an environment, or the name of one")
 
 
 def check_callback(value: Any) -> None:
@@ -140,11 +140,11 @@ def check_callback(value: Any) -> None:
     if isinstance(value, list):
         for one in value:
             if one is None:
-                raise ValueError(f"callback={shown(value)} has None among its callbacks: leave it out")
+                raise ValueError(f"callback={brief(value)} has None among its callbacks: leave it out")
             check_callback(one)
     elif value is not None and not isinstance(value, BaseCallback) and not _takes_two(value):
         raise ValueError(
-            f"callback={shown(value)} must be None, a BaseCallback, a function of local and global variables, "
+            f"callback={brief(value)} must be None, a BaseCallback, a function of local and global variables, "
             "or a list of these"
         )
 
@@ -164,7 +164,7 @@ def _takes_two(function: Any) -> bool:
 def check_folder(name: str, value: Any) -> None:
     """Refuse what is neither ``None`` nor a path."""
     if value is not None and not isinstance(value, str | os.PathLike):
-        raise ValueError(f"{name}={shown(value)} must be None or the path of a folder")
+        raise ValueError(f"{name}={brief(value)} must be None or the path of a folder")
 
 
 def check_dict(name: str, value: Any) -> dict[Any, Any]:
@@ -173,14 +173,14 @@ def check_dict(name: str, value: Any) -> dict[Any, Any]:
     :return: the dict
     """
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name}={shown(value)} must be a dict")
+        raise ValueError(f"{name}={brief(value)} must be a dict")
     return value if isinstance(value, dict) else dict(value)
 
 
 def check_flag(name: str, value: Any) -> None:
     """Refuse what is neither true nor false."""
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name}={shown(value)} must be True or False")
+        raise ValueError(f"{name}={brief(value)} must be True or False")
 
 
 def check_arguments(
@@ -202,7 +202,7 @@ def check_arguments(
     choice = f"choose from {', '.join(known)}" if known else "there are none to choose from"
     for key in value:
         if key not in known:
-            raise ValueError(f"{name}={shown(value)} has the unknown name {key!r}: {choice}")
+            raise ValueError(f"{name}={brief(value)} has the unknown name {key!r}: {choice}")
 
 
 def check_factory(name: str, value: Any, base: type) -> None:
@@ -258,7 +258,7 @@ def check_net_arch(value: Any) -> None:
     is_list = isinstance(value, list | tuple)
     if not is_list or any(isinstance(w, bool) or not isinstance(w, Integral) or not 1 <= int(w) < 2**63 for w in value):
         raise ValueError(
-            f"net_arch={shown(value)} must be a list of whole numbers of at least 1, the widths of hidden layers"
+            f"net_arch={brief(value)} must be a list of whole numbers of at least 1, the widths of hidden layers"
         )
 
 
@@ -267,7 +267,7 @@ def check_seed(value: Any) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**32:
-        raise ValueError(f"seed={shown(value)} must be None or a whole number from 0 to {2**32 - 1}")
+        raise ValueError(f"seed={brief(value)} must be None or a whole number from 0 to {2**32 - 1}")
 
 
 def check_device(value: Any) -> None:
@@ -278,7 +278,7 @@ def check_device(value: Any) -> None:
         device = th.device(value)
     except (RuntimeError, TypeError):
         raise ValueError(
-            f"device={shown(value)} must be 'auto' or a device of PyTorch, such as 'cpu' or 'cuda:0'"
+            f"device={brief(value)} must be 'auto' or a device of PyTorch, such as 'cpu' or 'cuda:0'"
         ) from None
     # Where there is no GPU at all, SB3 takes the CPU for "cuda", and so for the first one
     n_gpus = max(th.cuda.device_count(), 1)
@@ -287,9 +287,9 @@ def check_device(value: Any) -> None:
             th.zeros(1, device=device).cpu()
         except Exception as error:  # whatever the code of a device raises
             told = str(error).split("\n")[0]
-            raise ValueError(f"device={shown(value)} cannot be used on this machine: {told}") from error
+            raise ValueError(f"device={brief(value)} cannot be used on this machine: {told}") from error
     if device.type == "cuda" and device.index is not None and device.index >= n_gpus:
-        raise ValueError(f"device={shown(value)} must be 'cuda:0' to 'cuda:{n_gpus - 1}', or 'auto', on this machine")
+        raise ValueError(f"device={brief(value)} must be 'cuda:0' to 'cuda:{n_gpus - 1}', or 'auto', on this machine")
 
 
 # Points of the training at which schedules are tried: the remaining progress
@@ -308,7 +308,7 @@ def check_schedule(name: str, schedule: Callable[[float], Any], check: Callable[
             value = _scalar(schedule(progress))
         except Exception as error:  # whatever a function of users does
             raise ValueError(
-                f"{name}={shown(schedule)} must be a function of the remaining progress (1 to 0), "
+                f"{name}={brief(schedule)} must be a function of the remaining progress (1 to 0), "
                 f"but {name}({progress}) raises {type(error).__name__}: {error}"
             ) from error
         check(f"{name}({progress})", value)
@@ -325,7 +325,7 @@ def check_learning_rate(name: str, value: Any) -> Any:
     value = _scalar(value)
     if not 0 <= _as_float(value) < math.inf:
         raise ValueError(
-            f"{name}={shown(value)} must be a number of at least 0, or a function of the remaining progress (1 to 0)"
+            f"{name}={brief(value)} must be a number of at least 0, or a function of the remaining progress (1 to 0)"
         )
     return float(value)
 
@@ -333,7 +333,7 @@ def check_learning_rate(name: str, value: Any) -> Any:
 def check_duration(value: Any) -> None:
     """Refuse what is not a number of steps to train for; 1e5 is one."""
     if not 0 <= _as_float(value) < math.inf:
-        raise ValueError(f"total_timesteps={shown(value)} must be a number of environment steps of at least 0")
+        raise ValueError(f"total_timesteps={brief(value)} must be a number of environment steps of at least 0")
 
 
 def parse_frequency(name: str, value: Any) -> tuple[int, str]:
@@ -351,7 +351,7 @@ def parse_frequency(name: str, value: Any) -> tuple[int, str]:
         check_choice(name, unit, FREQUENCY_UNITS)
     except ValueError:
         raise ValueError(
-            f"{name}={shown(value)} must be a whole number of at least 1 (steps), "
+            f"{name}={brief(value)} must be a whole number of at least 1 (steps), "
             'or such a number and its unit, as in (4, "step") or (1, "episode")'
         ) from None
     return frequency, unit

@@ -137,7 +137,7 @@ def opened(path: Any, *suffixes: str) -> Iterator[Any]:
 
 
 @contextmanager
-def replacing(path: str | pathlib.Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: str | pathlib.Path) -> Iterator[IO[bytes]]:
     """A new file, open for writing, that takes the place of another one when all of it is written.
 
     It lies beside its place until then, so that a crash leaves the earlier file whole. Files that interrupted processes
@@ -181,7 +181,7 @@ def replacing(path: str | pathlib.Path) -> Iterator[IO[bytes]]:
 
 
 def remove_leftover(path: pathlib.Path) -> None:
-    """Remove a temporary file, if there is one, unless :func:`replacing` is still writing it.
+    """Remove a temporary file, if there is one, unless :func:`atomic_write` is still writing it.
 
     :param path: the temporary file
     """

@@ -9,6 +9,6 @@
 """
 
 from sb3_scratch_dqn.engines.choose import ENGINE_NAMES, Engine, choose_engine, find_engine
-from sb3_scratch_dqn.engines.cuda.recording import CannotRecordError
+from sb3_scratch_dqn.engines.cuda.recording import CaptureError
 
-__all__ = ["ENGINE_NAMES", "CannotRecordError", "Engine", "choose_engine", "find_engine"]
+__all__ = ["ENGINE_NAMES", "CaptureError", "Engine", "choose_engine", "find_engine"]

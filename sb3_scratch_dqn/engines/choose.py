@@ -24,7 +24,7 @@ class Engine(Protocol):
     name: ClassVar[str]
     title: ClassVar[str]
     device_type: ClassVar[str | None]
-    not_by_itself: ClassVar[str | None]
+    opt_in_reason: ClassVar[str | None]
     policy: DQNPolicy
     objective: Objective
     last_update: LastUpdate | None
@@ -33,10 +33,10 @@ class Engine(Protocol):
         """Make one."""
 
     @classmethod
-    def why_not(cls, policy: DQNPolicy, objective: Objective) -> str | None:
+    def unsupported_reason(cls, policy: DQNPolicy, objective: Objective) -> str | None:
         """Why this engine cannot serve; ``None`` if it can."""
 
-    def take_hold(self) -> None:
+    def attach(self) -> None:
         """Rearrange what it wants to have elsewhere, before somebody takes views of it that are to last."""
 
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
@@ -45,10 +45,10 @@ class Engine(Protocol):
     def act(self, observation: Any, envs: Any = None) -> Any:
         """Greedy actions in these rows of an observation, with noise in noisy layers."""
 
-    def move_target(self, tau: float) -> None:
+    def update_target(self, tau: float) -> None:
         """Let the target network follow."""
 
-    def outdated(self) -> bool:
+    def is_stale(self) -> bool:
         """Whether somebody changed the policy in a way that this engine must be made anew for."""
 
 
@@ -78,9 +78,9 @@ def find_engine(name: str, policy: DQNPolicy, objective: Objective) -> tuple[typ
             continue
         if name == "auto" and engine.device_type not in (None, policy.device.type):
             continue  # nobody expects it
-        reason = engine.why_not(policy, objective)
-        if reason is None and name == "auto" and engine.not_by_itself is not None:
-            reasons.append(f"{engine.title} {engine.not_by_itself}")
+        reason = engine.unsupported_reason(policy, objective)
+        if reason is None and name == "auto" and engine.opt_in_reason is not None:
+            reasons.append(f"{engine.title} {engine.opt_in_reason}")
             continue
         if reason is None:
             why = f"as {' and '.join(reasons)}" if reasons else "the fastest for these settings"

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.utils import get_parameters_by_name, obs_as_tensor, polyak_update
 
 from sb3_scratch_dqn.engines.update import LastUpdate
-from sb3_scratch_dqn.engines.watch import why_hooked
+from sb3_scratch_dqn.engines.watch import hooks_reason
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.replay.observations import map_observation
@@ -59,7 +59,7 @@ def _draws_nothing(policy: DQNPolicy) -> bool:
         type(module).__module__.partition(".")[0] not in _KNOWN_PACKAGES or "forward" in vars(module)
         for network in (policy.q_net, policy.q_net_target)
         for module in network.modules()
-    ) and not (why_hooked(policy.q_net) or why_hooked(policy.q_net_target))
+    ) and not (hooks_reason(policy.q_net) or hooks_reason(policy.q_net_target))
 
 
 def _has_no_way_of_its_own(adam: th.optim.Adam) -> bool:
@@ -100,7 +100,7 @@ class EagerEngine:
     name: ClassVar[str] = "eager"
     title: ClassVar[str] = "the eager engine"
     device_type: ClassVar[str | None] = None
-    not_by_itself: ClassVar[str | None] = None
+    opt_in_reason: ClassVar[str | None] = None
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
         self.policy = policy
@@ -108,14 +108,14 @@ class EagerEngine:
         self.last_update: LastUpdate | None = None
 
     @staticmethod
-    def why_not(policy: DQNPolicy, objective: Objective) -> str | None:
+    def unsupported_reason(policy: DQNPolicy, objective: Objective) -> str | None:
         """Why this engine cannot serve: it always can."""
         return None
 
-    def take_hold(self) -> None:
+    def attach(self) -> None:
         """Rearrange what lies elsewhere: nothing."""
 
-    def outdated(self) -> bool:
+    def is_stale(self) -> bool:
         """Whether somebody changed the policy in a way that this engine must be made anew for: it looks each time."""
         return False
 
@@ -130,16 +130,16 @@ class EagerEngine:
         policy = self.policy
         policy.set_training_mode(True)
         online = policy.online_network
-        target_of = make_target(self.objective, online, policy.target_network, policy.head)
+        target_fn = make_target(self.objective, online, policy.target_network, policy.head)
         parameters = list(policy.q_net.parameters())
-        ahead = source.ahead and gradient_steps > 1 and _draws_nothing(policy)
-        at_once = batches_at_once(policy.observation_space, source.batch_size) if ahead else 1
+        can_prefetch = source.can_prefetch and gradient_steps > 1 and _draws_nothing(policy)
+        at_once = batches_at_once(policy.observation_space, source.batch_size) if can_prefetch else 1
         losses = []
         for begin in range(0, gradient_steps, at_once):
             n_batches = min(at_once, gradient_steps - begin)
-            for batch in source.draw(n_batches).split(n_batches):
+            for batch in source.sample(n_batches).split(n_batches):
                 with policy.noise():
-                    outputs, target = predict(batch, online.outputs, target_of)
+                    outputs, target = predict(batch, online.outputs, target_fn)
                 if source.weighted:
                     each, priorities = policy.head.losses(outputs, target, self.objective.loss)
                     loss = (batch.weights * each).mean()
@@ -152,7 +152,7 @@ class EagerEngine:
                 grad_norm = clip_gradients(parameters, max_grad_norm)
                 self._step(parameters[0].is_cpu)
                 if source.weighted:
-                    source.give_back(batch, priorities)
+                    source.update_priorities(batch, priorities)
                 self.last_update = LastUpdate(policy.head, outputs.detach(), target, grad_norm)
         if len(losses) == 1:
             return [losses[0].item()]
@@ -184,7 +184,7 @@ class EagerEngine:
             actions: np.ndarray = online._predict(obs_as_tensor(copy, policy.device)).cpu().numpy()
         return actions
 
-    def move_target(self, tau: float) -> None:
+    def update_target(self, tau: float) -> None:
         """Let the target network follow.
 
         :param tau: how far; 1 copies the online network

@@ -23,16 +23,16 @@ class LastUpdate(NamedTuple):
     target: th.Tensor | npt.NDArray[np.float32]
     grad_norm: th.Tensor | float
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Means over the batch, by the names that they are logged under."""
         outputs, target = th.as_tensor(self.outputs), th.as_tensor(self.target)
         means, target_means, spread = self.head.moments(outputs, target)
-        figures = {
+        metrics = {
             "train/q_mean": means.mean().item(),
             "train/target_mean": target_means.mean().item(),
             "train/td_error": (target_means - means).abs().mean().item(),
             "train/grad_norm": float(self.grad_norm),
         }
         if spread is not None:
-            figures["train/q_std"] = spread.mean().item()
-        return figures
+            metrics["train/q_std"] = spread.mean().item()
+        return metrics

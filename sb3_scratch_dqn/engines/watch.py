@@ -20,7 +20,7 @@ from sb3_scratch_dqn.networks.q_network import QNetwork
 # Methods that somebody may patch, and then wants to see called
 _PATCHED = frozenset(
     {
-        *("outputs", "forward", "evaluate", "target_outputs", "values_given", "extract_features", "_predict", "noise"),
+        *("outputs", "forward", "evaluate", "target_outputs", "q_values_from", "extract_features", "_predict", "noise"),
         *("q_values", "backup", "losses", "moments"),  # of heads
     }
 )
@@ -43,7 +43,7 @@ _requires_grad = attrgetter("requires_grad")
 _hooks_of_tensor = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-def why_unknown(policy: DQNPolicy) -> str | None:
+def unknown_type_reason(policy: DQNPolicy) -> str | None:
     """Return why nothing is known of how a policy computes, such as one behind a proxy; ``None`` if that is known."""
     for name, part, known in (
         ("policy", policy, DQNPolicy),
@@ -55,7 +55,7 @@ def why_unknown(policy: DQNPolicy) -> str | None:
     return None
 
 
-def why_other_mode(device_type: str) -> str | None:
+def torch_mode_reason(device_type: str) -> str | None:
     """Return which mode of PyTorch asks for other computations than an engine's own; ``None`` if there is none.
 
     :param device_type: of the policy's device
@@ -82,7 +82,7 @@ def _hooks_of(module: nn.Module) -> tuple[Sized, ...]:
     )
 
 
-def why_hooked(network: nn.Module) -> str | None:
+def hooks_reason(network: nn.Module) -> str | None:
     """What wants to see all that goes through a network; ``None`` if nothing does."""
     if any(_HOOKS_OF_ALL_MODULES):
         return "there are hooks for all modules"
@@ -97,12 +97,12 @@ def has_hooks(parameter: th.Tensor) -> bool:
     return any(_hooks_of_tensor(parameter))
 
 
-def have_own_way(parameters: Sequence[th.Tensor]) -> bool:
+def have_custom_gradients(parameters: Sequence[th.Tensor]) -> bool:
     """Whether somebody froze one of these parameters, or hung up hooks for its gradient."""
     return not all(map(_requires_grad, parameters)) or any(map(any, map(_hooks_of_tensor, parameters)))
 
 
-def why_no_plain_steps(optimizer: th.optim.Optimizer) -> str | None:
+def patched_optimizer_reason(optimizer: th.optim.Optimizer) -> str | None:
     """What others wait for in the steps of an optimiser; ``None`` if nobody does."""
     if replaced(optimizer, type(optimizer), "zero_grad") or "step" in vars(optimizer):
         return "methods of the optimizer were patched, as schedulers of learning rates do"
@@ -113,7 +113,7 @@ def why_no_plain_steps(optimizer: th.optim.Optimizer) -> str | None:
     return None
 
 
-class Watch:
+class PolicySnapshot:
     """The parts of a policy, as they are now.
 
     :param policy: the policy

@@ -15,6 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_scratch_dqn.common.checks import (
+    brief,
     check_arguments,
     check_factory,
     check_flag,
@@ -22,7 +23,6 @@ from sb3_scratch_dqn.common.checks import (
     check_net_arch,
     check_not_negative,
     check_observation,
-    shown,
 )
 from sb3_scratch_dqn.networks.noisy import NoisyLinear, noise
 from sb3_scratch_dqn.networks.q_network import ActivationFactory, ForwardNetwork, QNetwork, as_q_network, network_class
@@ -148,10 +148,10 @@ class DQNPolicy(BasePolicy):
             )
         except Exception as error:  # whatever a class of users does
             raise ValueError(
-                f"optimizer_kwargs={shown(self.optimizer_kwargs)} cannot be used by optimizer_class={name}: {error}"
+                f"optimizer_kwargs={brief(self.optimizer_kwargs)} cannot be used by optimizer_class={name}: {error}"
             ) from error
         if not hasattr(made, "param_groups") or not callable(getattr(made, "step", None)):
-            raise ValueError(f"optimizer_class={name} must make a torch.optim.Optimizer, but made {shown(made)}")
+            raise ValueError(f"optimizer_class={name} must make a torch.optim.Optimizer, but made {brief(made)}")
         if any(one.default is Parameter.empty for one in signature(made.step).parameters.values()):
             raise ValueError(f"optimizer_class={name} computes the loss itself, by a closure, which DQN has none of")
         optimizer: th.optim.Optimizer = made
@@ -163,14 +163,14 @@ class DQNPolicy(BasePolicy):
         :raises ValueError: if the class and its arguments make none
         """
         made: Any = None
-        given = f"features_extractor_class={shown(self.features_extractor_class)}"
+        given = f"features_extractor_class={brief(self.features_extractor_class)}"
         try:
             made = super().make_features_extractor()
         except Exception as error:  # whatever a class of users does
             if isinstance(error, AssertionError) and str(error):  # SB3's sentences for what is no image
                 raise
             raise ValueError(
-                f"{given} cannot be made with features_extractor_kwargs={shown(self.features_extractor_kwargs)}: "
+                f"{given} cannot be made with features_extractor_kwargs={brief(self.features_extractor_kwargs)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
         if not isinstance(made, nn.Module) or not isinstance(getattr(made, "features_dim", None), Integral):

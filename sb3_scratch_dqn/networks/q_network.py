@@ -129,7 +129,7 @@ class QNetwork(BasePolicy):
     """
 
     action_space: spaces.Discrete
-    read_by_all: ClassVar = "outputs"  # the method from which all others follow
+    core_method: ClassVar = "outputs"  # the method from which all others follow
     image_format: th.memory_format = th.contiguous_format  # how images lie in memory, for whoever knows a faster way
 
     def __init__(
@@ -173,7 +173,7 @@ class QNetwork(BasePolicy):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a subclass that would act by one function and learn another."""
         super().__init_subclass__(**kwargs)
-        base = cls.read_by_all
+        base = cls.core_method
         if not vars(cls).keys().isdisjoint({"forward", "outputs"} - {base}) and base not in vars(cls):
             raise TypeError(f"{cls.__name__} must override {base}(), which acting and training both read")
 
@@ -193,7 +193,7 @@ class QNetwork(BasePolicy):
         """What the head reads in order to make a target, ``(B, A, K)``."""
         return self.outputs(obs)
 
-    def values_given(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
+    def q_values_from(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
         """Action values, ``(B, A)``, where :meth:`target_outputs` of the same observations is at hand."""
         return self.head.q_values(target_outputs)
 
@@ -241,7 +241,7 @@ class ImplicitQNetwork(QNetwork):
     :math:`\psi`, unless dueling streams need it. Parameters as in :class:`QNetwork`.
     """
 
-    read_by_all = "outputs_at"
+    core_method = "outputs_at"
     head: ImplicitQuantileHead
     frequencies: th.Tensor
 
@@ -284,7 +284,7 @@ class ImplicitQNetwork(QNetwork):
         """Quantiles at ``n_tau_prime`` random fractions, and these, ``(B, A, 2 * n_tau_prime)``."""
         return self._outputs_at_random(obs, self.head.n_tau_prime)
 
-    def values_given(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
+    def q_values_from(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
         """Action values, ``(B, A)``, from other fractions than those that the target is made of."""
         return self.forward(obs)
 
@@ -334,7 +334,7 @@ class ForwardNetwork:
         """What the head reads in order to make a target, ``(B, A, 1)``."""
         return self.outputs(obs)
 
-    def values_given(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
+    def q_values_from(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
         """Action values, ``(B, A)``, given the outputs of the same observations."""
         return target_outputs.squeeze(2)
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-from sb3_scratch_dqn.common.checks import Space, shown
-from sb3_scratch_dqn.common.files import Path, replacing
+from sb3_scratch_dqn.common.checks import Space, brief
+from sb3_scratch_dqn.common.files import Path, atomic_write
 from sb3_scratch_dqn.replay import ScratchReplayBuffer, Stacking
 from sb3_scratch_dqn.replay.frames import StackedFrames
 from sb3_scratch_dqn.replay.observations import Array
@@ -56,7 +56,7 @@ def write_replay_buffer(buffer: ScratchReplayBuffer, path: Path) -> None:
         "observation_space": describe_space(buffer.observation_space),
         "action_space": describe_space(buffer.action_space),
     }
-    if isinstance(buffer.store.keeper, StackedFrames) and buffer.stacking is not None:
+    if isinstance(buffer.store.obs_store, StackedFrames) and buffer.stacking is not None:
         axes = buffer.stacking.axes
         header["stacking"] = {**buffer.stacking._asdict(), "axes": axes if isinstance(axes, int) else dict(axes)}
     if isinstance(buffer.sampler, PrioritizedSampler):
@@ -168,9 +168,9 @@ def _writing(path: Path) -> AbstractContextManager[IO[bytes]]:
         place = pathlib.Path(path)
         if not place.name:
             raise ValueError(f"path={str(path)!r} must name a file")
-        return replacing(place if place.suffix else place.with_suffix(SUFFIX))
+        return atomic_write(place if place.suffix else place.with_suffix(SUFFIX))
     if not hasattr(path, "write") or isinstance(path, io.TextIOBase):
-        raise ValueError(f"path={shown(path)} must be a path or an open binary file")
+        raise ValueError(f"path={brief(path)} must be a path or an open binary file")
     return nullcontext(path)  # type: ignore[arg-type]  # a file that is written needs no more than this
 
 

@@ -21,7 +21,7 @@ from sb3_scratch_dqn.replay.observations import (
     Array,
     DenseObservations,
     Observation,
-    Observations,
+    ObservationStore,
     SharedObservations,
     Space,
     gather,
@@ -115,25 +115,25 @@ class ScratchReplayBuffer(ReplayBuffer):
         self.store = self._make_store()
 
     def _make_store(self) -> Store:
-        keeper: Observations
+        obs_store: ObservationStore
         if self.stacking is not None:
-            keeper = StackedFrames(self.buffer_size, self.n_envs, self.observation_space, self.stacking)
+            obs_store = StackedFrames(self.buffer_size, self.n_envs, self.observation_space, self.stacking)
         elif self.optimize_memory_usage:
-            keeper = SharedObservations(self.buffer_size, self.n_envs, self.observation_space)
+            obs_store = SharedObservations(self.buffer_size, self.n_envs, self.observation_space)
         else:
-            keeper = DenseObservations(self.buffer_size, self.n_envs, self.observation_space)
+            obs_store = DenseObservations(self.buffer_size, self.n_envs, self.observation_space)
         action_dtype = np.dtype(self._maybe_cast_dtype(self.action_space.dtype))
-        return Store(self.buffer_size, self.n_envs, keeper, self.action_dim, action_dtype)
+        return Store(self.buffer_size, self.n_envs, obs_store, self.action_dim, action_dtype)
 
     def reset(self) -> None:
         """Forget all transitions, and their priorities."""
         super().reset()
         self.store = self._make_store()
-        self.sampler = self.sampler.fresh()
+        self.sampler = self.sampler.empty_copy()
 
     def use_sampler(self, sampler: Sampler) -> None:
         """Sample in another way from now on; priorities, if there were any, are kept."""
-        sampler.succeed(self.sampler, self)
+        sampler.inherit(self.sampler, self)
         self.sampler = sampler
 
     @property  # type: ignore[override]  # SB3 declares arrays alone, and has another class for dicts of them
@@ -305,24 +305,24 @@ class ScratchReplayBuffer(ReplayBuffer):
 class BatchSource:
     """Where an engine gets its batches.
 
-    :param draw: gives the next ones, as many as it is asked for, one behind the other in one :class:`Batch`
-    :param draw_arrays: the same, as an :class:`ArrayBatch`; on the CPU only
-    :param give_back: takes the priorities of the transitions of one batch, ``(B,)``
-    :param ahead: whether ``draw`` can be asked for more than one batch at a time, before any priorities are known
+    :param sample: gives the next ones, as many as it is asked for, one behind the other in one :class:`Batch`
+    :param sample_arrays: the same, as an :class:`ArrayBatch`; on the CPU only
+    :param update_priorities: takes the priorities of the transitions of one batch, ``(B,)``
+    :param ahead: whether ``sample`` can be asked for more than one batch at a time, before any priorities are known
     :param batch_size: transitions of one batch
     :param weighted: whether weights of losses may be other than 1, and priorities are asked for
-    :param plain: the buffer, if all that ``draw`` does is to sample from it in the known way, with the discount
+    :param buffer: the buffer, if all that ``sample`` does is to sample from it in the known way, with the discount
         ``gamma``, so that somebody else may do it elsewhere
     :param gamma: discount of one step
     """
 
-    draw: Callable[[int], Batch]
-    draw_arrays: Callable[[int], ArrayBatch]
-    give_back: Callable[[Batch | ArrayBatch, th.Tensor], None]
-    ahead: bool
+    sample: Callable[[int], Batch]
+    sample_arrays: Callable[[int], ArrayBatch]
+    update_priorities: Callable[[Batch | ArrayBatch, th.Tensor], None]
+    can_prefetch: bool
     batch_size: int
     weighted: bool = True
-    plain: ScratchReplayBuffer | None = None
+    buffer: ScratchReplayBuffer | None = None
     gamma: float = 0.0
 
 
@@ -373,9 +373,9 @@ def _is_plain(buffer: ScratchReplayBuffer) -> bool:
         type(buffer) is ScratchReplayBuffer
         and type(sampler) in _PLAIN_SAMPLERS
         and type(store) is Store
-        and type(store.keeper) in _PLAIN_KEEPERS
+        and type(store.obs_store) in _PLAIN_KEEPERS
         # A method that was patched
-        and not any(map(callable, chain(*(vars(one).values() for one in (buffer, sampler, store, store.keeper)))))
+        and not any(map(callable, chain(*(vars(one).values() for one in (buffer, sampler, store, store.obs_store)))))
     )
 
 

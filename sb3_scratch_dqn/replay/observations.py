@@ -58,7 +58,7 @@ def gather(array: Array, rows: Array, envs: Array) -> Array:
     return gathered
 
 
-class Observations(Protocol):
+class ObservationStore(Protocol):
     """Keeps the observations of a ring of transitions."""
 
     rows_ahead: int

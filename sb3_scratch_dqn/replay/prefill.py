@@ -188,15 +188,15 @@ def _columns_of_buffer(buffer: ReplayBuffer) -> dict[str, Any]:
         joined: Array = taken.swapaxes(0, 1).reshape(-1, *taken.shape[2:])
         return joined
 
-    keeper = buffer.store.keeper if isinstance(buffer, ScratchReplayBuffer) else buffer
-    if isinstance(keeper, StackedFrames):
-        keeper = keeper.dense()  # once, for both
-    observations: Observation = keeper.observations
+    obs_store = buffer.store.obs_store if isinstance(buffer, ScratchReplayBuffer) else buffer
+    if isinstance(obs_store, StackedFrames):
+        obs_store = obs_store.dense()  # once, for both
+    observations: Observation = obs_store.observations
     if buffer.optimize_memory_usage:
         following = (rows + 1) % buffer.buffer_size
         next_observations = map_observation(lambda array: column(array, following), observations)
     else:
-        next_observations = map_observation(column, keeper.next_observations)
+        next_observations = map_observation(column, obs_store.next_observations)
     ends, timeouts = column(buffer.dones).astype(bool), column(buffer.timeouts).astype(bool)
     columns = {
         "observations": map_observation(column, observations),

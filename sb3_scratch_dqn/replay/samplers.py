@@ -75,13 +75,13 @@ class Sampler(Protocol):
     def update(self, rows: Array, envs: Array, priorities: th.Tensor) -> None:
         """The priorities of some transitions are known now, each ``(B,)``."""
 
-    def progressed(self, progress_remaining: float) -> None:
+    def set_progress(self, progress_remaining: float) -> None:
         """So much of the training is left, from 1 to 0."""
 
-    def succeed(self, other: "Sampler", buffer: Ring) -> None:
+    def inherit(self, other: "Sampler", buffer: Ring) -> None:
         """Take the place of another sampler of this buffer, and learn what it knew."""
 
-    def fresh(self) -> "Sampler":
+    def empty_copy(self) -> "Sampler":
         """One of the same kind that knows nothing yet."""
 
     def bytes_of(self, transitions: int) -> int:
@@ -135,13 +135,13 @@ class UniformSampler:
     def update(self, rows: Array, envs: Array, priorities: th.Tensor) -> None:
         """Nothing to remember."""
 
-    def progressed(self, progress_remaining: float) -> None:
+    def set_progress(self, progress_remaining: float) -> None:
         """Nothing changes."""
 
-    def succeed(self, other: Sampler, buffer: Ring) -> None:
+    def inherit(self, other: Sampler, buffer: Ring) -> None:
         """Nothing to learn."""
 
-    def fresh(self) -> "UniformSampler":
+    def empty_copy(self) -> "UniformSampler":
         """There is nothing that it could know."""
         return self
 
@@ -316,11 +316,11 @@ class PrioritizedSampler:
         self.max_value = max(self.max_value, largest)
         self.tree.set(rows if self.n_envs == 1 else rows * self.n_envs + envs, values)
 
-    def progressed(self, progress_remaining: float) -> None:
+    def set_progress(self, progress_remaining: float) -> None:
         """Anneal ``beta``."""
         self.progress_remaining = progress_remaining
 
-    def succeed(self, other: Sampler, buffer: Ring) -> None:
+    def inherit(self, other: Sampler, buffer: Ring) -> None:
         """Take over the priorities; where there were none, all transitions are new."""
         if isinstance(other, PrioritizedSampler):
             self.progress_remaining = other.progress_remaining
@@ -336,7 +336,7 @@ class PrioritizedSampler:
         for age in range(buffer.size()):
             self.written(buffer, (oldest + age) % buffer.buffer_size)
 
-    def fresh(self) -> "PrioritizedSampler":
+    def empty_copy(self) -> "PrioritizedSampler":
         """One with the same settings that knows no priorities."""
         other = PrioritizedSampler(self.n_envs, self.alpha, self.beta, self.beta_final, self.epsilon)
         other.progress_remaining = self.progress_remaining

@@ -16,7 +16,7 @@ from sb3_scratch_dqn.replay.frames import NotStackedError, StackedFrames
 from sb3_scratch_dqn.replay.observations import (
     Array,
     Observation,
-    Observations,
+    ObservationStore,
     resized,
     row_bytes,
     take_array,
@@ -64,11 +64,11 @@ class Store:
     next_action_masks: npt.NDArray[np.bool_] | None = None
 
     def __init__(
-        self, capacity: int, n_envs: int, observations: Observations, action_dim: int, action_dtype: npt.DTypeLike
+        self, capacity: int, n_envs: int, observations: ObservationStore, action_dim: int, action_dtype: npt.DTypeLike
     ) -> None:
         self.capacity = capacity
         self.rows = 0
-        self.keeper = observations
+        self.obs_store = observations
         self.actions = np.zeros((0, n_envs, action_dim), dtype=action_dtype)
         self.rewards = np.zeros((0, n_envs), dtype=np.float32)
         self.dones = np.zeros((0, n_envs), dtype=np.float32)
@@ -78,7 +78,7 @@ class Store:
     @property
     def observations(self) -> Observation:
         """What was observed, ``(rows, n_envs, ...)``."""
-        return self.keeper.observations
+        return self.obs_store.observations
 
     @property
     def next_observations(self) -> Observation:
@@ -86,7 +86,7 @@ class Store:
 
         :raises AttributeError: if each observation is kept once
         """
-        return self.keeper.next_observations
+        return self.obs_store.next_observations
 
     def replace(self, name: str, value: Observation) -> None:
         """Put other arrays in the place of those of this name.
@@ -95,7 +95,7 @@ class Store:
         """
         self.edits += 1
         if name not in self.OWN_COLUMNS:
-            self.keeper.replace(name, value)
+            self.obs_store.replace(name, value)
             return
         current = getattr(self, name)
         if isinstance(value, dict) or value.shape != current.shape:
@@ -118,12 +118,12 @@ class Store:
     def trimmed(self, rows: int) -> "Store":
         """A store that holds the first ``rows`` rows, for saving; it grows again when written to."""
         store = copy(self)
-        store.keeper = copy(self.keeper)
+        store.obs_store = copy(self.obs_store)
         store._resize(min(rows, self.rows))
         return store
 
     def _resize(self, rows: int) -> None:
-        self.keeper.resize(rows)
+        self.obs_store.resize(rows)
         for name in self.OWN_COLUMNS:
             setattr(self, name, resized(getattr(self, name), rows))
         for name in self.MASKS:
@@ -143,20 +143,20 @@ class Store:
         timeout: Array | float,
     ) -> None:
         """Put one step of every environment into ``row``; each argument is ``(n_envs, ...)``."""
-        needed = row + 1 + self.keeper.rows_ahead
+        needed = row + 1 + self.obs_store.rows_ahead
         if needed > self.rows:
             self.reserve(min(needed, self.capacity))
         try:
-            self.keeper.write(row, observation, next_observation)
+            self.obs_store.write(row, observation, next_observation)
         except NotStackedError as reason:
-            assert isinstance(self.keeper, StackedFrames)
+            assert isinstance(self.obs_store, StackedFrames)
             warnings.warn(
-                f"replay keeps each observation in full from now on, which takes {2 * self.keeper.n_stack} times the "
-                f"memory: frames cannot be kept once, because {reason}",
+                f"replay keeps each observation in full from now on, which takes {2 * self.obs_store.n_stack} times "
+                f"the memory: frames cannot be kept once, because {reason}",
                 stacklevel=3,
             )
-            self.keeper = self.keeper.dense()
-            self.keeper.write(row, observation, next_observation)
+            self.obs_store = self.obs_store.dense()
+            self.obs_store.write(row, observation, next_observation)
         self.actions[row] = action.reshape(self.actions.shape[1:])
         self.rewards[row] = reward
         self.dones[row] = done
@@ -194,20 +194,20 @@ class Store:
         :param last_rows: ``(B,)``
         :param envs: ``(B,)``
         """
-        return self.keeper.read(rows, envs), self.keeper.read_next(last_rows, envs)
+        return self.obs_store.read(rows, envs), self.obs_store.read_next(last_rows, envs)
 
     def bytes_of(self, rows: int) -> int:
         """The memory that this many rows take."""
         columns = [getattr(self, name) for name in self.OWN_COLUMNS]
         columns += [masks for masks in (self.action_masks, self.next_action_masks) if masks is not None]
-        return rows * sum(row_bytes(array) for array in columns) + self.keeper.bytes_of(rows)
+        return rows * sum(row_bytes(array) for array in columns) + self.obs_store.bytes_of(rows)
 
     def arrays(self, rows: int) -> dict[str, Array]:
         """All that the first rows need, by name, for a file; not copied."""
         columns = {name: getattr(self, name) for name in (*self.OWN_COLUMNS, *self.MASKS)}
         return {
             **{name: array[:rows] for name, array in columns.items() if array is not None},
-            **self.keeper.arrays(rows),
+            **self.obs_store.arrays(rows),
         }
 
     def restore(self, arrays: dict[str, Array], rows: int, next_row: int, n_actions: int) -> None:
@@ -223,7 +223,7 @@ class Store:
         taken: dict[str, Any] = {name: take_array(arrays, name, getattr(self, name), rows) for name in columns}
         like = np.zeros((0, self.rewards.shape[1], n_actions), dtype=bool)
         taken.update({name: take_array(arrays, name, like, rows) for name in self.MASKS if name in arrays})
-        self.keeper.restore(arrays, rows, next_row)
+        self.obs_store.restore(arrays, rows, next_row)
         self.has_cuts = bool(taken["cuts"].any())
         vars(self).update(taken)
         self.rows = rows

@@ -55,7 +55,7 @@ class ValueHead(Protocol):
     outputs_are_returns: bool
 
     @property
-    def losses_taken(self) -> tuple[str, ...]:
+    def supported_losses(self) -> tuple[str, ...]:
         """Names of the elementwise errors that :meth:`losses` can be given."""
 
     def q_values(self, outputs: th.Tensor) -> th.Tensor:
@@ -98,7 +98,7 @@ class ExpectedHead:
 
     n_outputs = 1
     outputs_are_returns = True
-    losses_taken = ("huber", "mse")
+    supported_losses = ("huber", "mse")
 
     def q_values(self, outputs: th.Tensor) -> th.Tensor:
         """The outputs themselves, ``(B, A, 1)`` to ``(B, A)``."""
@@ -137,7 +137,7 @@ class CategoricalHead:
     """
 
     outputs_are_returns = False
-    losses_taken = ("huber",)  # the default of ScratchDQN, of which cross-entropy has no use
+    supported_losses = ("huber",)  # the default of ScratchDQN, of which cross-entropy has no use
 
     def __init__(self, n_atoms: int = 51, v_min: float = -10.0, v_max: float = 10.0) -> None:
         check_count("n_atoms", n_atoms, minimum=2)
@@ -227,7 +227,7 @@ class QuantileHead:
     """
 
     outputs_are_returns = True
-    losses_taken = ("huber", "mse")
+    supported_losses = ("huber", "mse")
 
     def __init__(self, n_quantiles: int = 200) -> None:
         check_count("n_quantiles", n_quantiles)
@@ -278,7 +278,7 @@ class ImplicitQuantileHead:
 
     n_outputs = 1  # for one fraction
     outputs_are_returns = True
-    losses_taken = ("huber", "mse")
+    supported_losses = ("huber", "mse")
 
     def __init__(self, n_tau: int = 64, n_tau_prime: int = 64, n_tau_act: int = 32, n_cos: int = 64) -> None:
         for name, value in (

@@ -13,7 +13,7 @@ from sb3_scratch_dqn.values.heads import CategoricalHead
 _EPISODES = 10
 
 
-class SupportWatch:
+class SupportMonitor:
     """Follows the discounted returns of all steps, and warns once if some lie outside of the support.
 
     :param head: whose support it is

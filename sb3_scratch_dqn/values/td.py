@@ -148,7 +148,7 @@ class TargetNetwork(Protocol):
     def target_outputs(self, obs: PyTorchObs) -> th.Tensor:
         """Observations -> ``(B, A, K)``."""
 
-    def values_given(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
+    def q_values_from(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
         """Observations and their :meth:`target_outputs` -> ``(B, A)``."""
 
     def evaluate(self, obs: PyTorchObs) -> th.Tensor:
@@ -163,14 +163,14 @@ def make_target(objective: Objective, network: TargetNetwork, target_network: Ta
     :param target_network: the target network
     :param head: what the outputs of both mean
     """
-    selector: Selector = (lambda obs, _: network.evaluate(obs)) if objective.double_q else target_network.values_given
+    selector: Selector = (lambda obs, _: network.evaluate(obs)) if objective.double_q else target_network.q_values_from
     if objective.munchausen is None:
         return GreedyTarget(target_network.target_outputs, selector, head)
     values = (network if objective.double_q else target_network).evaluate
     return MunchausenTarget(target_network.target_outputs, selector, values, head, objective.munchausen)
 
 
-def predict(batch: Batch, network: Network, target_of: Target) -> tuple[th.Tensor, th.Tensor]:
+def predict(batch: Batch, network: Network, target_fn: Target) -> tuple[th.Tensor, th.Tensor]:
     """What the network says of a batch, and what it should have said.
 
     :param batch: the transitions
@@ -179,7 +179,7 @@ def predict(batch: Batch, network: Network, target_of: Target) -> tuple[th.Tenso
     :return: outputs for the actions taken, ``(B, K)``, and a target for the losses of the head
     """
     with th.no_grad():
-        target = target_of(batch)
+        target = target_fn(batch)
     return at_actions(network(batch.observations), batch.actions), target
 
 
@@ -197,7 +197,7 @@ def mean_loss(outputs: th.Tensor, target: th.Tensor, head: ValueHead, loss: Loss
     return mean(outputs.squeeze(1), target)
 
 
-def td_losses(batch: Batch, network: Network, target_of: Target, head: ValueHead, loss: Loss) -> TDLosses:
+def td_losses(batch: Batch, network: Network, target_fn: Target, head: ValueHead, loss: Loss) -> TDLosses:
     """Compare what the network says of a batch with what it should have said.
 
     :param batch: the transitions
@@ -206,6 +206,6 @@ def td_losses(batch: Batch, network: Network, target_of: Target, head: ValueHead
     :param head: what the outputs of the network mean
     :param loss: the elementwise error
     """
-    outputs, target = predict(batch, network, target_of)
+    outputs, target = predict(batch, network, target_fn)
     losses, priorities = head.losses(outputs, target, loss)
     return TDLosses(losses, priorities, outputs, target)

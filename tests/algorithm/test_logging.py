@@ -67,7 +67,7 @@ def test_the_numbers_are_means_over_the_batch():
     outputs, target = th.tensor([[1.0, 3.0], [5.0, 5.0]]), th.tensor([[2.0, 4.0], [0.0, 2.0]])
     update = LastUpdate(make_head("quantile", {"n_quantiles": 2}), outputs, target, th.tensor(7.0))
     # Means 2 and 5, of the target 3 and 1; standard deviations 1 and 0
-    assert update.figures() == {
+    assert update.metrics() == {
         "train/q_mean": 3.5,
         "train/target_mean": 2.0,
         "train/td_error": 2.5,
@@ -75,7 +75,7 @@ def test_the_numbers_are_means_over_the_batch():
         "train/q_std": 0.5,
     }
     update = LastUpdate(make_head("expected"), outputs[:, :1], target[:, 0], th.tensor(7.0))
-    assert update.figures() == {
+    assert update.metrics() == {
         "train/q_mean": 3.0,
         "train/target_mean": 1.0,
         "train/td_error": 3.0,
@@ -83,11 +83,11 @@ def test_the_numbers_are_means_over_the_batch():
     }
     c51 = make_head("c51", {"n_atoms": 3, "v_min": 0, "v_max": 2})
     logits = th.log(th.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]))
-    figures = LastUpdate(c51, logits, th.tensor([[1.0, 0, 0], [0, 0, 1.0]]), th.tensor(0.0)).figures()
-    assert figures["train/q_mean"] == 1.0
-    assert figures["train/q_std"] == 0.5
-    assert figures["train/target_mean"] == 1.0
-    assert figures["train/td_error"] == 1.0
+    metrics = LastUpdate(c51, logits, th.tensor([[1.0, 0, 0], [0, 0, 1.0]]), th.tensor(0.0)).metrics()
+    assert metrics["train/q_mean"] == 1.0
+    assert metrics["train/q_std"] == 0.5
+    assert metrics["train/target_mean"] == 1.0
+    assert metrics["train/td_error"] == 1.0
 
 
 def test_the_gradient_norm_is_that_before_clipping():
@@ -96,5 +96,5 @@ def test_the_gradient_norm_is_that_before_clipping():
     for max_grad_norm in (1e-3, np.inf):
         model = ScratchDQN(**settings, max_grad_norm=max_grad_norm).learn(24)
         assert model._n_updates == 1
-        norms.append(model._engine.last_update.figures()["train/grad_norm"])
+        norms.append(model._engine.last_update.metrics()["train/grad_norm"])
     assert norms[0] == norms[1] > 1e-3

@@ -159,11 +159,11 @@ def test_tensorboard_has_it(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::tqdm.TqdmExperimentalWarning")
 def test_a_progress_bar_counts_updates(monkeypatch):
-    shown = []
+    brief = []
     tqdm = pytest.importorskip("stable_baselines3.common.callbacks").tqdm
-    monkeypatch.setattr(tqdm, "update", lambda self, n=1: shown.append(n))
+    monkeypatch.setattr(tqdm, "update", lambda self, n=1: brief.append(n))
     filled().learn_offline(100, progress_bar=True)
-    assert sum(shown) == 100
+    assert sum(brief) == 100
 
 
 def test_other_settings_of_the_target_network():
@@ -181,7 +181,7 @@ def test_other_settings_of_the_target_network():
 def _assert_interval(expected, interval, settings):
     model = filled(engine="eager", **settings)
     moves = []
-    model._engine.move_target = lambda tau: moves.append(model._n_updates)
+    model._engine.update_target = lambda tau: moves.append(model._n_updates)
     model.learn_offline(3 * expected, target_update_interval=interval)
     assert moves == [expected, 2 * expected, 3 * expected]
 

@@ -20,7 +20,7 @@ from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from torch import nn
 
 from sb3_scratch_dqn import MlpPolicy, ScratchDQN
-from sb3_scratch_dqn.common.checks import parse_frequency, shown
+from sb3_scratch_dqn.common.checks import brief, parse_frequency
 from sb3_scratch_dqn.values.heads import CategoricalHead
 
 
@@ -165,7 +165,7 @@ def test_a_bad_setting_is_named_with_its_value_and_what_would_be_right(name, val
     message = str(error.value)
     inner = next(iter(value.values())) if isinstance(value, dict) and value else value
     if not callable(value) or isinstance(value, type):  # of a function, what it gave is shown
-        assert any(shown(one) in message or getattr(one, "__name__", "?") in message for one in (value, inner))
+        assert any(brief(one) in message or getattr(one, "__name__", "?") in message for one in (value, inner))
     assert right in message
     assert "\n" not in message
 
@@ -631,9 +631,9 @@ def test_a_schedule_that_leaves_its_range_in_training_is_named():
 
 
 def test_long_values_are_shown_on_one_line():
-    assert shown(np.zeros((30, 30))).endswith("...")
-    assert "\n" not in shown(np.zeros((30, 30)))
-    assert shown("a b") == "'a b'"
+    assert brief(np.zeros((30, 30))).endswith("...")
+    assert "\n" not in brief(np.zeros((30, 30)))
+    assert brief("a b") == "'a b'"
 
 
 @pytest.mark.parametrize(("v_min", "v_max"), [(0.0, 1e-300), (1e8, 1e8 + 1)])

@@ -152,7 +152,7 @@ def test_windows_which_has_no_fcntl_can_do_it_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", replace)
     (tmp_path / ".file.0a1b2c3d.tmp").write_bytes(b"")
-    with on_windows.replacing(tmp_path / "file") as file:
+    with on_windows.atomic_write(tmp_path / "file") as file:
         file.write(b"all")
     assert moved == [True]
     assert names(tmp_path) == ["file"]

@@ -6,13 +6,13 @@ import pytest
 from recorded import Tape
 
 from sb3_scratch_dqn.engines.cuda.engine import CudaGraphEngine
-from sb3_scratch_dqn.engines.cuda.recording import CannotRecordError, Recorder
+from sb3_scratch_dqn.engines.cuda.recording import CaptureError, Recorder
 
 
 @pytest.fixture
 def auto_takes_cuda_graphs(monkeypatch):
     """Let "auto" take CUDA graphs, so that it is seen what that does."""
-    monkeypatch.setattr(CudaGraphEngine, "not_by_itself", None)
+    monkeypatch.setattr(CudaGraphEngine, "opt_in_reason", None)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def taped(on_cpu, monkeypatch):
                 with tape:
                     function()
             except RuntimeError as error:
-                raise CannotRecordError(str(error)) from error
+                raise CaptureError(str(error)) from error
         settings.tapes.append(tape)
         return tape.replay
 

@@ -160,7 +160,7 @@ SETTINGS = {
 
 
 # Why "auto" leaves it alone
-BY_ITSELF = CudaGraphEngine.not_by_itself
+BY_ITSELF = CudaGraphEngine.opt_in_reason
 
 
 # Calls that wait for the device, or whose results have a shape that depends on values
@@ -245,7 +245,7 @@ def trained(combination, engine, device="cpu"):
     model.learning_starts = 0
     for gradient_steps, steps in ((1, 8), (5, 1), (14, 60), (9, 0)):
         model.train(gradient_steps, 16)
-        model._current_engine().move_target(0.5)
+        model._current_engine().update_target(0.5)
         if steps > 0:
             model.learn(steps * model.n_envs, reset_num_timesteps=False)
     return model, (np.random.get_state()[1:], th.get_rng_state())

@@ -48,7 +48,7 @@ pytestmark = [
 @pytest.mark.usefixtures("taped")
 @pytest.mark.parametrize("name", CASES)
 def test_fifty_updates_agree(name, monkeypatch):
-    monkeypatch.setattr(dqn, "_UPDATES_BETWEEN_FIGURES", 10**9)  # nobody reads them before
+    monkeypatch.setattr(dqn, "_UPDATES_BETWEEN_METRICS", 10**9)  # nobody reads them before
     updates = 12 if "images" in name or "frames" in name else 48
     gradient_steps = GRADIENT_STEPS[name]
     eager, states = learned(name, "eager", gradient_steps, updates=updates)
@@ -62,15 +62,15 @@ def test_fifty_updates_agree(name, monkeypatch):
     assert_close(eager, model, bound=1e-4 if updates == 12 else 2e-5)
     for one, another in zip(eager.q_net.parameters(), model.q_net.parameters(), strict=True):
         th.testing.assert_close(one.grad, another.grad, rtol=1e-3, atol=1e-4)
-    figures, its_figures = (one._engine.last_update.figures() for one in (eager, model))
-    assert figures == pytest.approx(its_figures, rel=1e-3, abs=1e-4)
+    metrics, its_figures = (one._engine.last_update.metrics() for one in (eager, model))
+    assert metrics == pytest.approx(its_figures, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=", ".join)
 def test_every_combination_agrees(combination, taped):
     (eager, states), (model, its_states) = (trained(combination, engine) for engine in ("eager", "cuda_graph"))
     assert type(model._engine._feed) is DeviceFeed
-    assert eager.replay_buffer.store.keeper.__class__ is (
+    assert eager.replay_buffer.store.obs_store.__class__ is (
         StackedFrames if combination[2] == "frames" else DenseObservations
     )
     assert_equal(states, its_states)
@@ -278,7 +278,7 @@ def test_nobody_is_told_of_engines_for_other_devices(capsys):
 @pytest.mark.usefixtures("on_cpu")
 def test_auto_leaves_it_to_the_user(capsys, monkeypatch):
     monkeypatch.setattr(choose, "_ENGINES", (CudaGraphEngine, choose.EagerEngine))
-    monkeypatch.setattr(CudaGraphEngine, "not_by_itself", BY_ITSELF)
+    monkeypatch.setattr(CudaGraphEngine, "opt_in_reason", BY_ITSELF)
     assert make("defaults", "auto", verbose=1)._engine.name == "eager"
     told = "Using the eager engine, as the CUDA graph engine must be asked for: engine='cuda_graph'"
     assert told in capsys.readouterr().out

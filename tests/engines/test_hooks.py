@@ -237,7 +237,7 @@ def test_statistics_of_a_replaced_network_follow():
     model.q_net = deepcopy(model.q_net)
     model.policy.optimizer = th.optim.Adam(model.q_net.parameters())
     model.learn(120)
-    model._engine.move_target(1.0)
+    model._engine.update_target(1.0)
     ours, theirs = model.q_net.state_dict(), model.q_net_target.state_dict()
     names = [name for name in ours if "running_" in name]
     assert names

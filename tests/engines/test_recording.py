@@ -120,7 +120,7 @@ def test_an_engine_that_is_not_needed_any_more_lets_its_memory_go():
 @pytest.mark.usefixtures("taped")
 def test_a_buffer_that_does_not_fit_on_the_device_is_sampled_on_the_host(monkeypatch):
     eager, states = learned("rainbow", "eager", 4)
-    monkeypatch.setattr(DeviceReplay, "why_not", staticmethod(lambda *_: "there is no room"))
+    monkeypatch.setattr(DeviceReplay, "unsupported_reason", staticmethod(lambda *_: "there is no room"))
     with pytest.warns(UserWarning, match="gets batches from the host, which takes longer: there is no room"):
         model, its_states = learned("rainbow", "cuda_graph", 4)
     assert type(model._engine._feed) is HostFeed

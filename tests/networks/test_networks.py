@@ -309,7 +309,7 @@ def test_a_network_of_iqn_must_override_what_acting_reads_too(method):
 def test_the_target_of_iqn_chooses_by_other_fractions_than_it_is_made_of():
     net = make_policy(head="iqn", head_kwargs={"n_tau_prime": 2}).q_net_target
     np.testing.assert_array_equal(
-        net.values_given(OBSERVATIONS, net.target_outputs(OBSERVATIONS)).detach(), net(OBSERVATIONS).detach()
+        net.q_values_from(OBSERVATIONS, net.target_outputs(OBSERVATIONS)).detach(), net(OBSERVATIONS).detach()
     )
 
 

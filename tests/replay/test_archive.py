@@ -63,7 +63,7 @@ def test_a_buffer_comes_back_as_it_was(name, steps, tmp_path):
     loaded.load_replay_buffer(tmp_path / "replay", truncate_last_traj=False)
     ours, theirs = loaded.replay_buffer, model.replay_buffer
     assert_equal(replay_contents(theirs), replay_contents(ours))
-    assert type(ours.store.keeper) is type(theirs.store.keeper)
+    assert type(ours.store.obs_store) is type(theirs.store.obs_store)
     if steps:
         assert_equal(batch_of(theirs), batch_of(ours))
         # and it goes on as the other does
@@ -313,6 +313,6 @@ def test_large_buffers_are_not_copied_to_be_written(monkeypatch):
         replay_files.np.lib.format, "write_array", lambda member, array, **kwargs: written.append(array)
     )
     write_replay_buffer(model.replay_buffer, io.BytesIO())
-    keeper = model.replay_buffer.store.keeper
-    assert isinstance(keeper, StackedFrames)
-    assert any(np.shares_memory(array, keeper.frames[""]) for array in written)
+    obs_store = model.replay_buffer.store.obs_store
+    assert isinstance(obs_store, StackedFrames)
+    assert any(np.shares_memory(array, obs_store.frames[""]) for array in written)

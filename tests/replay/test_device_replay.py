@@ -144,7 +144,7 @@ def test_the_copy_gives_the_batches_of_the_buffer_however_it_is_filled(kind, n_e
         assert_same_batches(buffer, replay)
     assert made <= (3 if kind == "frames, odd" else 1)
     if kind == "frames, odd":
-        assert buffer.store.keeper.last.depth == 4
+        assert buffer.store.obs_store.last.depth == 4
         assert replay._frames._whole is not None
 
 
@@ -226,14 +226,14 @@ def test_another_buffer_other_steps_and_the_first_masks_need_another_copy():
 def test_observations_that_no_device_can_gather_stay_on_the_host():
     space = spaces.Box(0, 5, (2,), np.uint64)
     buffer = ScratchReplayBuffer(10, space, spaces.Discrete(2), device="cpu")
-    assert DeviceReplay.why_not(buffer, CPU) == "observations of dtype uint64 stay in the memory of the host"
-    assert DeviceReplay.why_not(make("dict", 1, 1)[0], CPU) is None
+    assert DeviceReplay.unsupported_reason(buffer, CPU) == "observations of dtype uint64 stay in the memory of the host"
+    assert DeviceReplay.unsupported_reason(make("dict", 1, 1)[0], CPU) is None
 
 
 def test_a_buffer_that_does_not_fit_stays_on_the_host(monkeypatch):
     buffer, _ = make("frames", 1, 1)
     monkeypatch.setattr(device_module.th.cuda, "mem_get_info", lambda _: (10_000, 20_000))
-    reason = DeviceReplay.why_not(buffer, th.device("cuda"))
+    reason = DeviceReplay.unsupported_reason(buffer, th.device("cuda"))
     assert reason is not None
     assert "are free on cuda" in reason
 

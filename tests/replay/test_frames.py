@@ -162,13 +162,14 @@ def test_batches_equal_those_of_full_observations_and_of_a_naive_list(
             target.add(*copy.deepcopy(step))
         if count % 20 == 5:
             same_batches(frames, dense, seed=count)
-    assert isinstance(frames.store.keeper, StackedFrames)
+    assert isinstance(frames.store.obs_store, StackedFrames)
 
     # Every row and environment, not only those that a draw happens to choose
     rows, envs = (grid.reshape(-1) for grid in np.meshgrid(np.arange(frames.size()), np.arange(n_envs)))
     for kind in ("read", "read_next"):
         assert_equal(
-            getattr(dense.store.keeper, kind)(rows, envs), copied(getattr(frames.store.keeper, kind)(rows, envs))
+            getattr(dense.store.obs_store, kind)(rows, envs),
+            copied(getattr(frames.store.obs_store, kind)(rows, envs)),
         )
     for got, expected in zip(
         frames.store.read_both(rows, rows, envs), dense.store.read_both(rows, rows, envs), strict=True
@@ -245,7 +246,7 @@ def test_what_is_no_stack_after_all_is_kept_in_full_and_said_once():
         add_all(frames, steps)
     assert len(said) == 1
     add_all(dense, steps)
-    assert type(frames.store.keeper) is DenseObservations
+    assert type(frames.store.obs_store) is DenseObservations
     same_batches(frames, dense)
 
 
@@ -260,7 +261,7 @@ def test_a_stack_that_goes_wrong_is_kept_as_it_is(when):
             buffer.add(*copy.deepcopy(step))
         same_batches(frames, dense)
         assert_equal(replay_contents(dense), replay_contents(frames))
-    assert isinstance(frames.store.keeper, StackedFrames)
+    assert isinstance(frames.store.obs_store, StackedFrames)
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -291,9 +292,9 @@ def test_pieces_that_begin_in_the_middle_of_an_episode_are_kept_too(
             frames = read_replay_archive(file, "it", env.observation_space, env.action_space, n_envs, "cpu")
         if count % 10 == 0:
             same_batches(frames, dense, seed=count)
-    assert isinstance(frames.store.keeper, StackedFrames)
+    assert isinstance(frames.store.obs_store, StackedFrames)
     assert_equal(replay_contents(dense), replay_contents(frames))
-    pool = frames.store.keeper.whole
+    pool = frames.store.obs_store.whole
     assert pool.used == (pool.slots >= 0).sum() <= len(left_out) * n_envs * max(k - 1, 0)
 
 
@@ -305,7 +306,7 @@ def test_unordered_observations_are_not_kept_as_frames():
     with pytest.warns(UserWarning, match="too many observations neither continue the one before nor begin an episode"):
         add_all(frames, [steps[index] for index in order])
     add_all(dense, [steps[index] for index in order])
-    assert type(frames.store.keeper) is DenseObservations
+    assert type(frames.store.obs_store) is DenseObservations
     same_batches(frames, dense)
 
 
@@ -322,7 +323,7 @@ def test_last_observations_that_are_no_stacks_are_kept_whole(n_steps, prepared):
             buffer.add(*copy.deepcopy(step))
         same_batches(frames, dense, seed=count)
         assert_equal(replay_contents(dense), replay_contents(frames))
-    assert isinstance(frames.store.keeper, StackedFrames)
+    assert isinstance(frames.store.obs_store, StackedFrames)
     file = io.BytesIO()
     write_replay_buffer(frames, file)
     file.seek(0)
@@ -346,7 +347,7 @@ def test_negative_zeros_and_nan_are_kept_to_the_bit():
     for obs, next_obs in itertools.pairwise(stacks):
         for buffer in buffers:
             buffer.add(obs, next_obs, np.array([0]), np.array([0.0]), np.array([False]), [{}])
-    assert isinstance(buffers[0].store.keeper, StackedFrames)
+    assert isinstance(buffers[0].store.obs_store, StackedFrames)
     assert_equal(replay_contents(buffers[1]), replay_contents(buffers[0]))
 
 
@@ -360,7 +361,7 @@ def test_training_leaves_the_bits_of_sb3(stacker):
     settings = {"learning_starts": 40, "batch_size": 16, "buffer_size": 150, "seed": 7, "n_steps": 2}
     reference = DQN("MlpPolicy", make_env(), **settings).learn(400)
     model = ScratchDQN("MlpPolicy", make_env(), **settings, engine="eager").learn(400)
-    assert isinstance(model.replay_buffer.store.keeper, StackedFrames)
+    assert isinstance(model.replay_buffer.store.obs_store, StackedFrames)
     assert_same_training(reference, model)
 
 
@@ -378,7 +379,7 @@ def test_policies_of_images_train_alike_with_and_without(name):
             replay_buffer_kwargs={"frames": frames, "prioritized": True},
         )
         models.append(model.learn(120))
-        assert isinstance(model.replay_buffer.store.keeper, StackedFrames) == frames
+        assert isinstance(model.replay_buffer.store.obs_store, StackedFrames) == frames
     assert_same_training(*models)
 
 
@@ -408,7 +409,7 @@ def test_a_second_training_begins_with_a_reset_and_goes_on():
         model.learn(101)
         model.learn(101)
         model.learn(100, reset_num_timesteps=False)
-    assert isinstance(model.replay_buffer.store.keeper, StackedFrames)
+    assert isinstance(model.replay_buffer.store.obs_store, StackedFrames)
 
 
 def test_a_buffer_that_was_reset_begins_anew():
@@ -454,7 +455,7 @@ def test_places_of_last_frames_are_used_again():
     for step in transitions(env, 600):
         frames.add(*step)
     assert sum(step[4].sum() for step in transitions(env, 600)) > 200
-    assert len(frames.store.keeper.last.frames[""]) <= 24
+    assert len(frames.store.obs_store.last.frames[""]) <= 24
 
 
 def test_a_copy_is_a_copy():
@@ -463,11 +464,11 @@ def test_a_copy_is_a_copy():
     steps = list(transitions(env, 100))
     for step in steps[:40]:
         frames.add(*step)
-    before, other = copy.deepcopy(frames.store.keeper), copy.copy(frames.store.keeper)
+    before, other = copy.deepcopy(frames.store.obs_store), copy.copy(frames.store.obs_store)
     for row, step in enumerate(steps[40:]):
         other.write((40 + row) % 20, step[0], step[1])
-    assert_equal(before.arrays(20), frames.store.keeper.arrays(20))
-    assert before.last.free == frames.store.keeper.last.free
+    assert_equal(before.arrays(20), frames.store.obs_store.arrays(20))
+    assert before.last.free == frames.store.obs_store.last.free
 
 
 def test_a_position_that_somebody_moved_is_told():
@@ -481,7 +482,7 @@ def test_a_position_that_somebody_moved_is_told():
 
 def test_an_empty_buffer_of_sb3_becomes_one_of_frames():
     model = ScratchDQN.from_sb3(DQN("MlpPolicy", vec_frame_stack("vector", 2, 3), buffer_size=100, learning_starts=50))
-    assert isinstance(model.replay_buffer.store.keeper, StackedFrames)
+    assert isinstance(model.replay_buffer.store.obs_store, StackedFrames)
     model.learn(20)
 
 

@@ -154,12 +154,12 @@ def test_frames_that_were_kept_once_are_read_and_kept_once():
     model = small_model(make_env(), learning_starts=10**6).learn(300)
     other = small_model(make_env())
     other.load_transitions(model.replay_buffer)
-    assert isinstance(other.replay_buffer.store.keeper, StackedFrames)
+    assert isinstance(other.replay_buffer.store.obs_store, StackedFrames)
     assert_equal(
         replay_contents(model.replay_buffer)["observations"], replay_contents(other.replay_buffer)["observations"]
     )
     other.learn(200)  # the environments are reset, so that frames go on being stacks
-    assert isinstance(other.replay_buffer.store.keeper, StackedFrames)
+    assert isinstance(other.replay_buffer.store.obs_store, StackedFrames)
 
 
 def test_a_full_buffer_of_frames_goes_into_more_environments_as_frames():
@@ -169,7 +169,7 @@ def test_a_full_buffer_of_frames_goes_into_more_environments_as_frames():
     model = small_model(make_env(1), learning_starts=10**6, buffer_size=400).learn(600)
     other = small_model(make_env(2))
     assert other.load_transitions(model.replay_buffer) == 400  # its oldest step, and the 201st, lie within episodes
-    assert isinstance(other.replay_buffer.store.keeper, StackedFrames)
+    assert isinstance(other.replay_buffer.store.obs_store, StackedFrames)
     kept = np.asarray(other.replay_buffer.observations)[:200].swapaxes(0, 1).reshape(400, -1)
     assert_equal(np.roll(np.asarray(model.replay_buffer.observations)[:, 0], -model.replay_buffer.pos, axis=0), kept)
 

@@ -128,7 +128,7 @@ def test_weights_are_those_of_the_paper():
     buffer.sampler.update(np.arange(50), np.zeros(50, dtype=int), th.tensor(priorities))
     probabilities = (priorities + 1e-6) ** 0.7 / ((priorities + 1e-6) ** 0.7).sum()
     for progress_remaining, beta in ((1.0, 0.5), (0.5, 0.7), (0.0, 0.9)):
-        buffer.sampler.progressed(progress_remaining)
+        buffer.sampler.set_progress(progress_remaining)
         batch = buffer.sample_batch(16)
         weights = (50 * probabilities[batch.places[0]]) ** -beta
         np.testing.assert_allclose(batch.weights, weights / weights.max(), rtol=1e-5)

@@ -128,7 +128,7 @@ def test_samples_equal_those_of_sb3(reference_class, space, kwargs, n_envs):
             batches = []
             for source in (reference, buffer):
                 np.random.seed(count)
-                batches.append(batch_source(source, 13, None, 0.9).draw(1)._replace(places=None)._asdict())
+                batches.append(batch_source(source, 13, None, 0.9).sample(1)._replace(places=None)._asdict())
             assert_equal(*batches)
 
 

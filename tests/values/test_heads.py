@@ -197,8 +197,8 @@ def test_the_quantile_head_is_that_of_qrdqn():
         th.ones(size),
     )
     head, objective = ours.policy.head, ours._objective()
-    target_of = make_target(objective, ours.q_net, ours.q_net_target, head)
-    loss = td_losses(batch, ours.q_net.outputs, target_of, head, objective.loss).losses.mean()
+    target_fn = make_target(objective, ours.q_net, ours.q_net_target, head)
+    loss = td_losses(batch, ours.q_net.outputs, target_fn, head, objective.loss).losses.mean()
     loss.backward()
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

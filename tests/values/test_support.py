@@ -9,7 +9,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_scratch_dqn import ScratchDQN
 from sb3_scratch_dqn.values.heads import CategoricalHead
-from sb3_scratch_dqn.values.support import SupportWatch, _below
+from sb3_scratch_dqn.values.support import SupportMonitor, _below
 
 SETTINGS = {"learning_starts": 10, "batch_size": 8, "buffer_size": 500, "seed": 0}
 
@@ -67,11 +67,11 @@ def test_without_discount_there_are_no_bounds():
 
 def test_other_heads_have_no_support():
     model = ScratchDQN("MlpPolicy", Paying(1e6), policy_kwargs={"head": "quantile"}, **SETTINGS).learn(300)
-    assert model._support is None
+    assert model._support_monitor is None
 
 
 def test_returns_of_all_steps_count():
-    watch, rewards, gamma = SupportWatch(CategoricalHead(v_min=-1, v_max=1), 1), [0.5, -3.0, 2.0, 0.25], 0.9
+    watch, rewards, gamma = SupportMonitor(CategoricalHead(v_min=-1, v_max=1), 1), [0.5, -3.0, 2.0, 0.25], 0.9
     returns = [sum(gamma**k * reward for k, reward in enumerate(rewards[t:])) for t in range(4)]
     for step, reward in enumerate(rewards):
         watch.step(np.array([reward]), np.array([step == 3]), gamma)
@@ -83,7 +83,7 @@ def test_returns_of_all_steps_count():
 def test_the_watch_is_no_part_of_a_saved_model(tmp_path):
     model = c51(0, 100, 1.0).learn(50)
     model.save(tmp_path / "model.zip")
-    assert "_support" not in vars(ScratchDQN.load(tmp_path / "model.zip"))
+    assert "_support_monitor" not in vars(ScratchDQN.load(tmp_path / "model.zip"))
 
 
 @pytest.mark.parametrize(

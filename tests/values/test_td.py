@@ -25,7 +25,7 @@ class LinearNetwork:
 
     target_outputs = outputs
 
-    def values_given(self, obs, target_outputs):
+    def q_values_from(self, obs, target_outputs):
         return self.head.q_values(target_outputs)
 
     def __call__(self, obs):
@@ -233,7 +233,7 @@ def test_targets_and_priorities_get_no_gradient(double_q, munchausen):
 
 
 @pytest.mark.parametrize("n_samples", [1, 32, 100])
-@pytest.mark.parametrize(("name", "loss"), [(name, loss) for name in HEADS for loss in HEADS[name].losses_taken])
+@pytest.mark.parametrize(("name", "loss"), [(name, loss) for name in HEADS for loss in HEADS[name].supported_losses])
 def test_the_mean_loss_and_its_gradient_are_those_of_the_losses(name, loss, n_samples):
     head = make_head(name, None)
     generator = th.Generator().manual_seed(0)

@@ -22,7 +22,7 @@ from joblib import Parallel, delayed, parallel, parallel_config, register_parall
 from sb3_scratch_dqn.bench.machine import ONE_THREAD, end_with, n_cores
 from sb3_scratch_dqn.bench.results import Result, check_place, read_result, result_of
 from sb3_scratch_dqn.bench.run.plan import Run, experiment, hyperparameters
-from sb3_scratch_dqn.common.files import remove_leftover, replacing
+from sb3_scratch_dqn.common.files import atomic_write, remove_leftover
 
 BACKENDS = ("loky", "ray", "dask")
 
@@ -254,7 +254,7 @@ def write(known: dict[str, Any], path: Path) -> None:
     :raises OSError: if it cannot be written; the error names the file
     """
     remove_leftover(path.with_suffix(".tmp"))  # of an earlier version
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(f"{_readable(known)}\n".encode())
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from sb3_scratch_dqn.bench.report.stats import Estimate
 from sb3_scratch_dqn.bench.speed.timing import table
-from sb3_scratch_dqn.common.files import replacing
+from sb3_scratch_dqn.common.files import atomic_write
 
 _FILE = "speed.json"
 _FORMAT = 1
@@ -116,7 +116,7 @@ def save_speed(measured: Sequence[Measured], folder: Path) -> Path:
             name: {"error": one} if isinstance(one, str) else one._asdict() for name, one in case["contestants"].items()
         }
     path = folder / _FILE
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(f"{json.dumps({'format': _FORMAT, 'cases': cases}, indent=1)}\n".encode())
     return path
 

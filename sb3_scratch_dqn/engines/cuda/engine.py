@@ -9,7 +9,7 @@ waits once, for the losses. Actions and the target network's updates are recorde
 
 The mathematics are those of every engine, by the same functions. Python code in networks runs once, when it is
 recorded: what it decided then, it decided for good. So an engine must be made anew when somebody replaces what it
-knows (:meth:`CudaGraphEngine.outdated`).
+knows (:meth:`CudaGraphEngine.is_stale`).
 """
 
 import warnings
@@ -24,11 +24,17 @@ from stable_baselines3.common.utils import get_parameters_by_name
 from sb3_scratch_dqn.common.overriding import replaced
 from sb3_scratch_dqn.engines.cuda.actors import Actor
 from sb3_scratch_dqn.engines.cuda.feeds import UPDATES_AT_ONCE, DeviceFeed, Feed, HostFeed, check_priorities
-from sb3_scratch_dqn.engines.cuda.recording import CannotRecordError, Function, Number, Recorder
-from sb3_scratch_dqn.engines.cuda.steps import DeviceSteps, why_no_device_steps
+from sb3_scratch_dqn.engines.cuda.recording import CaptureError, DeviceScalar, Function, Recorder
+from sb3_scratch_dqn.engines.cuda.steps import DeviceSteps, device_steps_unsupported_reason
 from sb3_scratch_dqn.engines.eager import EagerEngine
 from sb3_scratch_dqn.engines.update import LastUpdate
-from sb3_scratch_dqn.engines.watch import Watch, is_patched, why_hooked, why_other_mode, why_unknown
+from sb3_scratch_dqn.engines.watch import (
+    PolicySnapshot,
+    hooks_reason,
+    is_patched,
+    torch_mode_reason,
+    unknown_type_reason,
+)
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.networks.q_network import QNetwork
 from sb3_scratch_dqn.replay import BatchSource
@@ -46,18 +52,18 @@ _unrecordable: "WeakKeyDictionary[QNetwork, str]" = WeakKeyDictionary()
 
 
 def _why_not(policy: DQNPolicy) -> str | None:
-    reason = why_unknown(policy) or why_other_mode(policy.device.type)
+    reason = unknown_type_reason(policy) or torch_mode_reason(policy.device.type)
     if reason is not None:
         return reason
     for network in (policy.q_net, policy.q_net_target):
         if is_patched(network):
             return "a method of the network was patched"
-        reason = why_hooked(network)
+        reason = hooks_reason(network)
         if reason is not None:
             return reason
     if is_patched(policy.head) or replaced(policy, DQNPolicy, "noise"):
         return "a method of the head or the policy was replaced"
-    return why_no_device_steps(policy) or _unrecordable.get(policy.q_net)
+    return device_steps_unsupported_reason(policy) or _unrecordable.get(policy.q_net)
 
 
 class CudaGraphEngine:
@@ -71,7 +77,7 @@ class CudaGraphEngine:
     title: ClassVar[str] = "the CUDA graph engine"
     device_type: ClassVar[str | None] = "cuda"
     # What is compared with the eager engine on the CPU alone is nobody's default
-    not_by_itself: ClassVar[str | None] = "must be asked for: engine='cuda_graph'"
+    opt_in_reason: ClassVar[str | None] = "must be asked for: engine='cuda_graph'"
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
         self.policy = policy
@@ -79,10 +85,10 @@ class CudaGraphEngine:
         self.last_update: LastUpdate | None = None
         self._device = policy.device
         self._eager = EagerEngine(policy, objective)
-        self._watch: Watch | None = None
+        self._watch: PolicySnapshot | None = None
 
     @classmethod
-    def why_not(cls, policy: DQNPolicy, objective: Objective) -> str | None:
+    def unsupported_reason(cls, policy: DQNPolicy, objective: Objective) -> str | None:
         """Why this engine cannot serve; ``None`` if it can."""
         if policy.device.type != cls.device_type:
             return f"device={policy.device.type!r} is not {cls.device_type!r}"
@@ -91,14 +97,14 @@ class CudaGraphEngine:
     def _attach(self) -> None:
         """Take hold of everything, once somebody trains or acts."""
         policy, device = self.policy, self._device
-        self._watch = Watch(policy)
+        self._watch = PolicySnapshot(policy)
         self._steps = DeviceSteps(policy)
         self._recorder = Recorder(device)
-        self._target_of = make_target(self.objective, policy.q_net, policy.q_net_target, policy.head)
+        self._target_fn = make_target(self.objective, policy.q_net, policy.q_net_target, policy.head)
         # Of batch normalisation, which averaging of parameters does not reach
         self._statistics = get_parameters_by_name(policy.q_net, ["running_"])
         self._target_statistics = get_parameters_by_name(policy.q_net_target, ["running_"])
-        self._tau, self._rest = Number(device), Number(device)  # and 1 - tau
+        self._tau, self._rest = DeviceScalar(device), DeviceScalar(device)  # and 1 - tau
         self._number = th.zeros(1, dtype=th.int64, device=device)  # of the next update, and of its loss
         self._losses = th.zeros(UPDATES_AT_ONCE, dtype=th.float32, device=device)
         self._kept: dict[str, th.Tensor] = {}  # of the last update
@@ -117,15 +123,15 @@ class CudaGraphEngine:
         if self._feed is not None:
             yield from self._feed.state()
 
-    def take_hold(self) -> None:
+    def attach(self) -> None:
         """Rearrange what lies elsewhere: nothing, as parameters stay where they are."""
 
-    def outdated(self) -> bool:
+    def is_stale(self) -> bool:
         """Whether somebody changed the policy in a way that this engine must be made anew for."""
         if self._watch is None:
             return _why_not(self.policy) is not None
         return (
-            why_other_mode(self._device.type) is not None
+            torch_mode_reason(self._device.type) is not None
             or self.policy.q_net in _unrecordable
             or self._watch.changed()
             or self._steps.changed()
@@ -178,10 +184,10 @@ class CudaGraphEngine:
         if self._feed is None or not self._feed.serves(source):
             self._updates.clear()
             self._feed = None  # first, for the memory that another one needs
-            reason = None if source.plain is None else DeviceReplay.why_not(source.plain, self._device)
+            reason = None if source.buffer is None else DeviceReplay.unsupported_reason(source.buffer, self._device)
             if reason is not None:
                 warnings.warn(f"{self.title} gets batches from the host, which takes longer: {reason}", stacklevel=4)
-            if source.plain is None or reason is not None:
+            if source.buffer is None or reason is not None:
                 self._feed = HostFeed(source, self.policy, self._updates.clear)
             else:
                 self._feed = DeviceFeed(source, self._device, self._number)
@@ -201,9 +207,9 @@ class CudaGraphEngine:
         try:
             recorded = self._recorder.record(function, self._state, warm_up)
             if self._watch.changed():
-                raise CannotRecordError("it puts other tensors in the place of its own")
+                raise CaptureError("it puts other tensors in the place of its own")
             return recorded
-        except CannotRecordError as error:
+        except CaptureError as error:
             self._watch.restore()
             reason = f"the network cannot be recorded: {error}"
             _unrecordable[self.policy.q_net] = reason
@@ -216,7 +222,7 @@ class CudaGraphEngine:
         assert feed is not None
         batch = feed.take()
         with policy.noise():
-            td = td_losses(batch, policy.q_net.outputs, self._target_of, policy.head, self.objective.loss)
+            td = td_losses(batch, policy.q_net.outputs, self._target_fn, policy.head, self.objective.loss)
         loss = (batch.weights * td.losses).mean()
         norm = self._steps.take(loss)
         feed.give_back(td.priorities)
@@ -252,7 +258,7 @@ class CudaGraphEngine:
             actor = Actor(self.policy, parts, self._device)
             try:
                 actor.play = self._record(actor.choose, actor.choose)
-            except CannotRecordError:
+            except CaptureError:
                 return self._eager.act(observation, envs)
             self._actors[kind] = actor
         if self.policy.training or self.policy.q_net.training:
@@ -260,7 +266,7 @@ class CudaGraphEngine:
         actions = self._actors[kind](parts)  # of all rows, because what is recorded has one shape
         return actions if envs is None else actions[envs]
 
-    def move_target(self, tau: float) -> None:
+    def update_target(self, tau: float) -> None:
         """Let the target network follow.
 
         :param tau: how far; 1 copies the online network
@@ -272,8 +278,8 @@ class CudaGraphEngine:
         if self._follow is None:
             try:
                 self._follow = self._record(self._move_target, self._move_target)
-            except CannotRecordError:
-                self._eager.move_target(tau)
+            except CaptureError:
+                self._eager.update_target(tau)
                 return
         self._follow()
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch as th
 
-from sb3_scratch_dqn.engines.cuda.recording import Function, Number
+from sb3_scratch_dqn.engines.cuda.recording import DeviceScalar, Function
 from sb3_scratch_dqn.engines.eager import batches_at_once
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.replay import Batch, BatchSource
@@ -75,8 +75,8 @@ class DeviceFeed:
     most = UPDATES_AT_ONCE
 
     def __init__(self, source: BatchSource, device: th.device, number: th.Tensor) -> None:
-        assert source.plain is not None
-        buffer = source.plain
+        assert source.buffer is not None
+        buffer = source.buffer
         self._source, self._buffer, self._sampler, self._number = source, buffer, buffer.sampler, number
         self._replay = DeviceReplay(buffer, device)
         shape = (UPDATES_AT_ONCE, source.batch_size)
@@ -89,11 +89,11 @@ class DeviceFeed:
         self._outbox = Outbox(shape, dtype, device)
         self._drawn = th.zeros(shape, dtype=dtype, device=device)
         self._weights = th.ones(source.batch_size, dtype=th.float32, device=device)
-        self._epsilon, self._alpha, self._beta = (Number(device, th.float64) for _ in range(3))
+        self._epsilon, self._alpha, self._beta = (DeviceScalar(device, th.float64) for _ in range(3))
 
     def serves(self, source: BatchSource) -> bool:
         """Whether it can be used for a source as it is, and what was recorded with it too."""
-        buffer = source.plain
+        buffer = source.buffer
         return (
             buffer is not None
             and source.batch_size == self._source.batch_size
@@ -174,7 +174,7 @@ class HostFeed:
         self._source, self._space, self._forget = source, policy.observation_space, forget
         # To see what a batch looks like, one must be drawn, which is to change nothing
         before = np.random.get_state()
-        self._adopt(source.draw(1))
+        self._adopt(source.sample(1))
         np.random.set_state(before)
 
     def _adopt(self, batch: Batch) -> None:
@@ -185,7 +185,7 @@ class HostFeed:
 
     def serves(self, source: BatchSource) -> bool:
         """Whether it can be used for a source as it is."""
-        return source.plain is self._source.plain and source.batch_size == self._source.batch_size
+        return source.buffer is self._source.buffer and source.batch_size == self._source.batch_size
 
     def prepare(self, source: BatchSource) -> None:
         """Know where the next batches come from."""
@@ -197,17 +197,17 @@ class HostFeed:
     def run(self, gradient_steps: int, play: Callable[[int], None]) -> None:
         """Let some updates be taken; parameters as in :class:`Feed`."""
         source = self._source
-        at_once = batches_at_once(self._space, source.batch_size) if source.ahead else 1
+        at_once = batches_at_once(self._space, source.batch_size) if source.can_prefetch else 1
         for begin in range(0, gradient_steps, at_once):
             n_batches = min(at_once, gradient_steps - begin)
-            for batch in source.draw(n_batches).split(n_batches):
+            for batch in source.sample(n_batches).split(n_batches):
                 if _kinds(batch) != self._kinds:  # as with the first masks
                     self._adopt(batch)
                     self._forget()
                 for own, drawn in zip(_tensors(self._batch), _tensors(batch), strict=True):
                     own.copy_(drawn, non_blocking=True)
                 play(1)
-                source.give_back(batch, self._priorities)
+                source.update_priorities(batch, self._priorities)
 
     def take(self) -> Batch:
         """The batch of the next update; to be recorded. A copy, because networks may write to what they get."""

@@ -26,7 +26,7 @@ Function = Callable[[], object]
 State = Callable[[], Iterable[th.Tensor]]
 
 
-class CannotRecordError(RuntimeError):
+class CaptureError(RuntimeError):
     """A function waits for the device, or does something else that cannot be recorded."""
 
 
@@ -82,7 +82,7 @@ class Recorder:
         except RuntimeError as error:
             with suppress(RuntimeError):
                 graph.reset()  # which also tells generators of random numbers that it is over
-            raise CannotRecordError(_first_line(error)) from error
+            raise CaptureError(_first_line(error)) from error
         return graph.replay
 
     @contextmanager
@@ -123,7 +123,7 @@ def _no_waiting() -> Iterator[None]:
             th.cuda.set_sync_debug_mode("error")
         yield
     except RuntimeError as error:
-        raise CannotRecordError(_first_line(error)) from error
+        raise CaptureError(_first_line(error)) from error
     finally:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -134,7 +134,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class Number:
+class DeviceScalar:
     """A number that recorded functions read, and that may be another one each time.
 
     :param device: where they work

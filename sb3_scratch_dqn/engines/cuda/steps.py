@@ -10,12 +10,12 @@ from typing import Any
 
 import torch as th
 
-from sb3_scratch_dqn.engines.cuda.recording import Number
-from sb3_scratch_dqn.engines.watch import has_hooks, why_no_plain_steps
+from sb3_scratch_dqn.engines.cuda.recording import DeviceScalar
+from sb3_scratch_dqn.engines.watch import has_hooks, patched_optimizer_reason
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 
 
-def why_no_device_steps(policy: DQNPolicy) -> str | None:
+def device_steps_unsupported_reason(policy: DQNPolicy) -> str | None:
     """Why the optimiser of a policy cannot do without the host; ``None`` if it can."""
     optimizer, parameters = policy.optimizer, dict(policy.q_net.named_parameters())
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
@@ -31,13 +31,13 @@ def why_no_device_steps(policy: DQNPolicy) -> str | None:
             return f"the parameter {name} has hooks"
         if not parameter.is_floating_point():
             return f"the parameter {name} has dtype {parameter.dtype}, which is no floating point number"
-    return why_no_plain_steps(optimizer)
+    return patched_optimizer_reason(optimizer)
 
 
 class DeviceSteps:
     """Steps of a policy's optimiser.
 
-    :param policy: one that :func:`why_no_device_steps` has nothing against
+    :param policy: one that :func:`device_steps_unsupported_reason` has nothing against
     """
 
     def __init__(self, policy: DQNPolicy) -> None:
@@ -46,8 +46,8 @@ class DeviceSteps:
         self._trained: list[th.Tensor] = [one for one in self._parameters if one.requires_grad]
         self._settings = self._settings_now()
         self._states: list[Any] | None = None  # known after the first step
-        self._rates = [Number(self._device) for _ in self._optimizer.param_groups]
-        self._largest_norm = Number(self._device)
+        self._rates = [DeviceScalar(self._device) for _ in self._optimizer.param_groups]
+        self._largest_norm = DeviceScalar(self._device)
         self._gradients: list[th.Tensor] | None = None  # of those parameters that the loss depends on
         self._with_gradients: list[th.Tensor] = []
 
@@ -64,7 +64,7 @@ class DeviceSteps:
             self._policy.optimizer is not self._optimizer
             or self._settings_now() != self._settings
             or (self._states is not None and not _same(self._states, _parts_of_state(self._optimizer)))
-            or why_no_plain_steps(self._optimizer) is not None
+            or patched_optimizer_reason(self._optimizer) is not None
             or any(map(has_hooks, self._parameters))
         )
 
@@ -134,9 +134,9 @@ class DeviceSteps:
     def show(self) -> None:
         """Let the parameters have the gradients of the last step, as they have them after autograd."""
         assert self._gradients is not None
-        shown = dict(zip(map(id, self._with_gradients), self._gradients, strict=True))
+        brief = dict(zip(map(id, self._with_gradients), self._gradients, strict=True))
         for parameter in self._parameters:
-            parameter.grad = shown.get(id(parameter))
+            parameter.grad = brief.get(id(parameter))
 
     def settle(self) -> None:
         """After the first step the state of the optimiser is all there, and must stay where it is."""

@@ -13,7 +13,7 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from torch import nn
 
 from sb3_scratch_dqn.engines.eager import EagerEngine, step_by
-from sb3_scratch_dqn.engines.watch import why_hooked, why_unknown
+from sb3_scratch_dqn.engines.watch import hooks_reason, unknown_type_reason
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.values.td import Objective
@@ -21,7 +21,7 @@ from sb3_scratch_dqn.values.td import Objective
 
 def _takes_any_format(extractor: nn.Module) -> bool:
     """Whether an extractor is known not to care how images lie in memory, as one that calls ``view`` on them would."""
-    if why_hooked(extractor) is not None or any("forward" in vars(module) for module in extractor.modules()):
+    if hooks_reason(extractor) is not None or any("forward" in vars(module) for module in extractor.modules()):
         return False
     if type(extractor) is CombinedExtractor:
         return all(type(one) in (NatureCNN, nn.Flatten) for one in extractor.extractors.values())
@@ -36,14 +36,14 @@ class FusedAutogradEngine(EagerEngine):
     device_type: ClassVar[str | None] = "cpu"
 
     @staticmethod
-    def why_not(policy: DQNPolicy, objective: Objective) -> str | None:
+    def unsupported_reason(policy: DQNPolicy, objective: Objective) -> str | None:
         """Why this engine cannot serve; ``None`` if it can."""
         optimizer = policy.optimizer
         if policy.device.type != "cpu":
             return f"device={policy.device.type!r} is not 'cpu'"
         if type(optimizer) is not th.optim.Adam:
             return f"optimizer_class={type(optimizer).__name__} is not Adam"
-        reason = why_unknown(policy)
+        reason = unknown_type_reason(policy)
         if reason is not None:
             return reason
         for group in optimizer.param_groups:
@@ -56,9 +56,9 @@ class FusedAutogradEngine(EagerEngine):
                 return "the optimizer has parameters that are no floating point numbers"
         return None
 
-    def outdated(self) -> bool:
+    def is_stale(self) -> bool:
         """Whether somebody changed the policy in a way that this engine must be made anew for."""
-        return type(self.policy.optimizer) is not th.optim.Adam or why_unknown(self.policy) is not None
+        return type(self.policy.optimizer) is not th.optim.Adam or unknown_type_reason(self.policy) is not None
 
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
         """Take some gradient steps; see :meth:`EagerEngine.train`."""

@@ -19,9 +19,9 @@ import torch as th
 from sb3_scratch_dqn.engines.fused.dense import DenseNetwork
 from sb3_scratch_dqn.engines.fused.flat import FlatParameters
 from sb3_scratch_dqn.engines.fused.learners import Learner, make_inputs, make_learner
-from sb3_scratch_dqn.engines.fused.support import why_not_by_hand
+from sb3_scratch_dqn.engines.fused.support import dense_unsupported_reason
 from sb3_scratch_dqn.engines.update import LastUpdate
-from sb3_scratch_dqn.engines.watch import why_other_mode
+from sb3_scratch_dqn.engines.watch import torch_mode_reason
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.replay import ArrayBatch, BatchSource
 from sb3_scratch_dqn.values.td import Objective
@@ -42,7 +42,7 @@ class FusedEngine:
     name: ClassVar[str] = "fused"
     title: ClassVar[str] = "the fused engine"
     device_type: ClassVar[str | None] = "cpu"
-    not_by_itself: ClassVar[str | None] = None
+    opt_in_reason: ClassVar[str | None] = None
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
         self.policy = policy
@@ -51,9 +51,9 @@ class FusedEngine:
         self._flat: FlatParameters | None = None
 
     @staticmethod
-    def why_not(policy: DQNPolicy, objective: Objective) -> str | None:
+    def unsupported_reason(policy: DQNPolicy, objective: Objective) -> str | None:
         """Why this engine cannot serve; ``None`` if it can."""
-        return why_not_by_hand(policy)
+        return dense_unsupported_reason(policy)
 
     def _attach(self) -> None:
         """Rearrange the parameters, once somebody trains or acts."""
@@ -65,16 +65,16 @@ class FusedEngine:
         self._learner: Learner = make_learner(self._online, self._target, self._inputs, policy.head, self.objective)
         self._flat = flat
 
-    def take_hold(self) -> None:
+    def attach(self) -> None:
         """Rearrange the parameters, before somebody takes views of them that are to last."""
         if self._flat is None:
             self._attach()
 
-    def outdated(self) -> bool:
+    def is_stale(self) -> bool:
         """Whether somebody changed the policy in a way that this engine must be made anew for."""
         if self._flat is None:
-            return why_not_by_hand(self.policy) is not None
-        return self._flat.outdated() or why_other_mode("cpu") is not None
+            return dense_unsupported_reason(self.policy) is not None
+        return self._flat.is_stale() or torch_mode_reason("cpu") is not None
 
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
         """Take some gradient steps.
@@ -84,23 +84,23 @@ class FusedEngine:
         :param max_grad_norm: the gradient of a step is scaled down to this norm
         :return: the mean loss of each step
         """
-        self.take_hold()
+        self.attach()
         assert self._flat is not None
         self._flat.begin_steps()
         batch_size = source.batch_size
         # With noise, the target network is another one in each step
-        ahead = source.ahead and not self._online.noisy
+        can_prefetch = source.can_prefetch and not self._online.noisy
         rows_at_once = min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // (4 * self._online.n_inputs))
-        at_once = max(1, rows_at_once // batch_size) if ahead else 1
+        at_once = max(1, rows_at_once // batch_size) if can_prefetch else 1
         losses: list[float] = []
         for begin in range(0, gradient_steps, at_once):
             n_batches = min(at_once, gradient_steps - begin)
-            batches = source.draw_arrays(n_batches)  # perhaps by code of users, which may be as loud as it likes
+            batches = source.sample_arrays(n_batches)  # perhaps by code of users, which may be as loud as it likes
             with np.errstate(all="ignore"):  # training that diverges is as silent as in PyTorch
                 for loss, priorities in self._updates(batches, n_batches, max_grad_norm):
                     losses.append(loss)
-                    if not ahead:
-                        source.give_back(batches, priorities)
+                    if not can_prefetch:
+                        source.update_priorities(batches, priorities)
         if losses:
             self.last_update = LastUpdate(self.policy.head, *self._learner.last(), self._norm)
         return losses
@@ -134,7 +134,7 @@ class FusedEngine:
         :param envs: the rows that are wanted, ``(N,)``; ``None`` for all
         :return: ``(N,)``
         """
-        self.take_hold()
+        self.attach()
         online, inputs = self._online, self._inputs(observation)
         with np.errstate(all="ignore"):
             if online.noisy:
@@ -143,11 +143,11 @@ class FusedEngine:
             actions = self._learner.greedy(online.passing(len(inputs), online.noisy).forward(inputs))
         return actions if envs is None else actions[envs]
 
-    def move_target(self, tau: float) -> None:
+    def update_target(self, tau: float) -> None:
         """Let the target network follow.
 
         :param tau: how far; 1 copies the online network
         """
-        self.take_hold()
+        self.attach()
         assert self._flat is not None
-        self._flat.move_target(tau)
+        self._flat.update_target(tau)

@@ -3,7 +3,7 @@
 So one call updates them all, and so does one for the target network. They move there once, when training begins. The
 parameters stay the same objects, and ``state_dict``, ``load_state_dict``, saving and callbacks read
 and write the same memory from then on. What puts other memory, parameters or layers in their place is noticed
-(:meth:`FlatParameters.outdated`).
+(:meth:`FlatParameters.is_stale`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,7 @@ import torch as th
 from torch import nn
 
 from sb3_scratch_dqn.engines.fused.products import both
-from sb3_scratch_dqn.engines.watch import Watch, have_own_way, why_no_plain_steps
+from sb3_scratch_dqn.engines.watch import PolicySnapshot, have_custom_gradients, patched_optimizer_reason
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 
 # Steps between looks for averages that are too small to matter, and how small that is: in so many steps, at Adam's
@@ -27,7 +27,7 @@ _NOTHING = 1e-31
 _UNKNOWN_SETTINGS = ("amsgrad", "maximize", "differentiable", "capturable", "decoupled_weight_decay")
 
 
-def why_no_adam(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> str | None:
+def fused_adam_unsupported_reason(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> str | None:
     """Why this optimiser cannot be replaced by one call for all parameters; ``None`` if it can.
 
     :param optimizer: of a policy
@@ -47,13 +47,13 @@ def why_no_adam(optimizer: th.optim.Optimizer, parameters: Iterable[nn.Parameter
         return f"Adam has {name}={group[name]!r}"
     if isinstance(group["lr"], th.Tensor):
         return "the learning rate of the optimizer is a tensor"
-    return why_no_plain_steps(optimizer)
+    return patched_optimizer_reason(optimizer)
 
 
 class FlatParameters:
     """The networks and the optimiser of a policy, rearranged.
 
-    :param policy: whose optimiser is Adam, as :func:`why_no_adam` wants it
+    :param policy: whose optimiser is Adam, as :func:`fused_adam_unsupported_reason` wants it
     """
 
     def __init__(self, policy: DQNPolicy) -> None:
@@ -66,7 +66,7 @@ class FlatParameters:
         self._gradients = list(_views(self.gradient.tensor, online))
         self._show_gradients()
         self._arrange_state(online)
-        self._watch = Watch(policy, self._states)
+        self._watch = PolicySnapshot(policy, self._states)
 
     def begin_steps(self) -> None:
         """See what others may have written since the last steps, and where they want to see gradients."""
@@ -114,7 +114,7 @@ class FlatParameters:
         self._in_parts: tuple[Any, ...] = (*parts, [], list(self._steps.tensor))
         self._adam_arguments = self._in_one_piece
 
-    def outdated(self) -> bool:
+    def is_stale(self) -> bool:
         """Whether somebody put other memory in the place of this, or hung up hooks that want to see it."""
         optimizer = self._optimizer
         return (
@@ -123,8 +123,8 @@ class FlatParameters:
             or len(self._state) != len(self._states)
             or not all(map(is_, self._state.values(), self._states))
             or self._watch.changed()
-            or why_no_adam(optimizer, self._online) is not None
-            or have_own_way(self._online)
+            or fused_adam_unsupported_reason(optimizer, self._online) is not None
+            or have_custom_gradients(self._online)
         )
 
     def adam_step(self) -> None:
@@ -153,7 +153,7 @@ class FlatParameters:
         """
         self._first[np.abs(self._first) < _NOTHING] = 0
 
-    def move_target(self, tau: float) -> None:
+    def update_target(self, tau: float) -> None:
         """Let the target network follow.
 
         :param tau: how far; 1 copies the online network

@@ -198,7 +198,7 @@ class _NetworkForTargets:
         outputs = self._network.passing(len(inputs), self._network.noisy).forward(inputs)
         return th.from_numpy(outputs.copy()).view(self._view)  # the pass will write over it
 
-    def values_given(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
+    def q_values_from(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
         """Action values, ``(B, A)``, where the outputs of these observations are at hand."""
         return self._head.q_values(target_outputs)
 
@@ -216,7 +216,7 @@ class _HeadLearner:
         self._online, self._inputs, self._head, self._loss = online, inputs, head, objective.loss
         self._view = (-1, online.n_outputs // head.n_outputs, head.n_outputs)
         deciding, valuing = (_NetworkForTargets(one, inputs, head, self._view[1]) for one in (online, target))
-        self._target_of = make_target(objective, deciding, valuing, head)
+        self._target_fn = make_target(objective, deciding, valuing, head)
         self._at_once = not objective.double_q
 
     def prepare(self, batches: ArrayBatch, n_batches: int) -> None:
@@ -225,12 +225,12 @@ class _HeadLearner:
         self._batches = tensors.split(n_batches)
         self._targets: tuple[th.Tensor, ...] | None = None
         if self._at_once and n_batches > 1:
-            self._targets = th.split(self._target_of(tensors), len(tensors.actions) // n_batches)
+            self._targets = th.split(self._target_fn(tensors), len(tensors.actions) // n_batches)
 
     def backward(self, number: int) -> tuple[float, th.Tensor]:
         """Write the gradient of the parameters; return the mean loss, and the priorities, ``(B,)``."""
         batch = self._batches[number]
-        target = self._target_of(batch) if self._targets is None else self._targets[number]
+        target = self._target_fn(batch) if self._targets is None else self._targets[number]
         one = self._online.passing(len(batch.actions), self._online.noisy)
         one.forward(self._inputs(_arrays(batch.observations)))
         taken = at_actions(one.out.tensor.view(self._view), batch.actions).requires_grad_()

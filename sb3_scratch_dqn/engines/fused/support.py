@@ -8,19 +8,19 @@ from torch import nn
 
 from sb3_scratch_dqn.common.overriding import replaced
 from sb3_scratch_dqn.engines.fused.dense import ACTIVATIONS, linear_layers
-from sb3_scratch_dqn.engines.fused.flat import why_no_adam
-from sb3_scratch_dqn.engines.watch import has_hooks, is_patched, why_hooked, why_other_mode, why_unknown
+from sb3_scratch_dqn.engines.fused.flat import fused_adam_unsupported_reason
+from sb3_scratch_dqn.engines.watch import has_hooks, hooks_reason, is_patched, torch_mode_reason, unknown_type_reason
 from sb3_scratch_dqn.networks.noisy import NoisyLinear
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.networks.q_network import DuelingStreams, QNetwork
 
 
-def why_not_by_hand(policy: DQNPolicy) -> str | None:
+def dense_unsupported_reason(policy: DQNPolicy) -> str | None:
     """Why gradients of a policy cannot be written by hand; ``None`` if they can.
 
     :param policy: the policy, with its networks and its optimiser
     """
-    reason = why_unknown(policy) or why_other_mode("cpu")
+    reason = unknown_type_reason(policy) or torch_mode_reason("cpu")
     if reason is not None:
         return reason
     network = policy.q_net
@@ -43,9 +43,9 @@ def why_not_by_hand(policy: DQNPolicy) -> str | None:
         or _why_no_parameters(network)
         or _why_no_parameters(policy.q_net_target)
         or _why_not_trained(network, policy.q_net_target)
-        or why_hooked(network)
-        or why_hooked(policy.q_net_target)
-        or why_no_adam(policy.optimizer, network.parameters())
+        or hooks_reason(network)
+        or hooks_reason(policy.q_net_target)
+        or fused_adam_unsupported_reason(policy.optimizer, network.parameters())
     )
 
 

@@ -34,12 +34,12 @@ class DeviceReplay:
     """
 
     def __init__(self, buffer: ScratchReplayBuffer, device: th.device) -> None:
-        self._buffer, self._store, self._keeper = buffer, buffer.store, buffer.store.keeper
+        self._buffer, self._store, self._obs_store = buffer, buffer.store, buffer.store.obs_store
         self.capacity, self.n_envs, self.n_steps = buffer.buffer_size, buffer.n_envs, buffer.n_steps
         arrays = _row_arrays(buffer)
         self._names = list(arrays)
         self._ring = DeviceRing(self.capacity, self.n_envs, arrays, device)
-        self._frames = DeviceFrames(self._keeper, device) if isinstance(self._keeper, StackedFrames) else None
+        self._frames = DeviceFrames(self._obs_store, device) if isinstance(self._obs_store, StackedFrames) else None
         space = buffer.observation_space
         self._keys = list(space.spaces) if isinstance(space, spaces.Dict) else None
         self._newest_row = th.zeros((), dtype=th.int64, device=device)
@@ -49,10 +49,10 @@ class DeviceReplay:
         self._written = self._edits = -1  # of the store, when this was last brought up to date
 
     @staticmethod
-    def why_not(buffer: ScratchReplayBuffer, device: th.device) -> str | None:
+    def unsupported_reason(buffer: ScratchReplayBuffer, device: th.device) -> str | None:
         """Why a buffer cannot be copied; ``None`` if it can."""
-        arrays, keeper = _row_arrays(buffer), buffer.store.keeper
-        frames = keeper.frames if isinstance(keeper, StackedFrames) else {}
+        arrays, obs_store = _row_arrays(buffer), buffer.store.obs_store
+        frames = obs_store.frames if isinstance(obs_store, StackedFrames) else {}
         strange = [array.dtype for array in (*arrays.values(), *frames.values()) if array.dtype not in DTYPES]
         if strange:
             return f"observations of dtype {strange[0]} stay in the memory of the host"
@@ -60,7 +60,7 @@ class DeviceReplay:
             return f"n_steps={buffer.n_steps} is more than {_LONGEST_WINDOW}"
         if device.type == "cuda":
             needed = DeviceRing.bytes_of(buffer.buffer_size, buffer.n_envs, arrays)
-            needed += DeviceFrames.bytes_of(keeper) if isinstance(keeper, StackedFrames) else 0
+            needed += DeviceFrames.bytes_of(obs_store) if isinstance(obs_store, StackedFrames) else 0
             # What PyTorch keeps for later is free too
             kept = th.cuda.memory_reserved(device) - th.cuda.memory_allocated(device)
             free = th.cuda.mem_get_info(device)[0] + kept
@@ -74,7 +74,7 @@ class DeviceReplay:
         return (
             buffer is self._buffer
             and store is self._store
-            and store.keeper is self._keeper
+            and store.obs_store is self._obs_store
             and (buffer.buffer_size, buffer.n_envs, buffer.n_steps) == (self.capacity, self.n_envs, self.n_steps)
             and list(_row_arrays(buffer)) == self._names
             and (self._frames is None or self._frames.serves())
@@ -93,7 +93,7 @@ class DeviceReplay:
             self._ring.follow(0, min(store.rows, self.capacity), arrays)
         else:
             # The newest row of the last time may have changed, and with shared observations the one to be written next
-            begin, end = position - n_new - 1, position + self._keeper.rows_ahead
+            begin, end = position - n_new - 1, position + self._obs_store.rows_ahead
             if begin < 0 and self._buffer.full:
                 self._ring.follow(begin + self.capacity, self.capacity, arrays)
             self._ring.follow(max(begin, 0), min(end, store.rows), arrays)
@@ -154,7 +154,7 @@ class DeviceReplay:
         if self._frames is not None:
             read = self._frames.read_next if follows else self._frames.read
             return read(rows, envs, self._ring, places)
-        if follows and isinstance(self._keeper, SharedObservations):
+        if follows and isinstance(self._obs_store, SharedObservations):
             name, places = "observations", (rows + 1) % self.capacity * self.n_envs + envs
         if self._keys is None:
             return self._ring.read(name, places)
@@ -167,10 +167,10 @@ _PART_OF_MEMORY = 0.6
 
 def _row_arrays(buffer: ScratchReplayBuffer) -> Mapping[str, Array]:
     """All arrays of the store that have a row a step, by name."""
-    store, keeper = buffer.store, buffer.store.keeper
+    store, obs_store = buffer.store, buffer.store.obs_store
     names = [*store.OWN_COLUMNS, *(name for name in store.MASKS if getattr(store, name) is not None)]
     columns = {name: getattr(store, name) for name in names}
-    if isinstance(keeper, DenseObservations):
-        return {**columns, **keeper.arrays(store.rows)}
-    assert isinstance(keeper, StackedFrames)
-    return {**columns, **DeviceFrames.row_arrays(keeper)}
+    if isinstance(obs_store, DenseObservations):
+        return {**columns, **obs_store.arrays(store.rows)}
+    assert isinstance(obs_store, StackedFrames)
+    return {**columns, **DeviceFrames.row_arrays(obs_store)}

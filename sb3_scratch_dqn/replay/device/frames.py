@@ -24,56 +24,71 @@ class DeviceFrames:
     :param device: where the copy is to lie
     """
 
-    def __init__(self, keeper: StackedFrames, device: th.device) -> None:
-        self._keeper = keeper
-        self._capacity, self._n_envs, self._n_stack = keeper.capacity, keeper.n_envs, keeper.n_stack
-        self._n_places = keeper.capacity + keeper.n_stack
-        self._ring = DeviceRing(self._n_places, keeper.n_envs, keeper.frames, device)
-        self._last = _DevicePool(keeper.last, device)
+    def __init__(self, obs_store: StackedFrames, device: th.device) -> None:
+        self._obs_store = obs_store
+        self._capacity, self._n_envs, self._n_stack = (
+            obs_store.capacity,
+            obs_store.n_envs,
+            obs_store.n_stack,
+        )
+        self._n_places = obs_store.capacity + obs_store.n_stack
+        self._ring = DeviceRing(self._n_places, obs_store.n_envs, obs_store.frames, device)
+        self._last = _DevicePool(obs_store.last, device)
         # Reading it costs as much as reading all frames, and mostly nothing is in it
-        self._whole = _DevicePool(keeper.whole, device) if keeper.whole.used > 0 else None
+        self._whole = _DevicePool(obs_store.whole, device) if obs_store.whole.used > 0 else None
         self._newest = th.zeros((), dtype=th.int64, device=device)
         self._offsets = th.arange(1 - self._n_stack, 2, device=device)
         self._steps = 0  # of the keeper, when this was last brought up to date
 
     @staticmethod
-    def row_arrays(keeper: StackedFrames) -> dict[str, Array]:
+    def row_arrays(obs_store: StackedFrames) -> dict[str, Array]:
         """What is known of each row, by name."""
-        return {"ages": keeper.ages, "last_slots": keeper.last.slots, "whole_slots": keeper.whole.slots}
+        return {
+            "ages": obs_store.ages,
+            "last_slots": obs_store.last.slots,
+            "whole_slots": obs_store.whole.slots,
+        }
 
     @staticmethod
-    def bytes_of(keeper: StackedFrames) -> int:
+    def bytes_of(obs_store: StackedFrames) -> int:
         """The memory that the copy takes, but for its rows."""
-        pools = sum(_DevicePool.bytes_of(pool) for pool in (keeper.last, keeper.whole))
-        return DeviceRing.bytes_of(keeper.capacity + keeper.n_stack, keeper.n_envs, keeper.frames) + pools
+        pools = sum(_DevicePool.bytes_of(pool) for pool in (obs_store.last, obs_store.whole))
+        return (
+            DeviceRing.bytes_of(
+                obs_store.capacity + obs_store.n_stack,
+                obs_store.n_envs,
+                obs_store.frames,
+            )
+            + pools
+        )
 
     def serves(self) -> bool:
         """Whether the memory will do."""
-        keeper = self._keeper
+        obs_store = self._obs_store
         if self._whole is None:
-            return self._last.serves(keeper.last) and keeper.whole.used == 0
-        return self._last.serves(keeper.last) and self._whole.serves(keeper.whole)
+            return self._last.serves(obs_store.last) and obs_store.whole.used == 0
+        return self._last.serves(obs_store.last) and self._whole.serves(obs_store.whole)
 
     def follow(self) -> None:
         """Bring everything up to date."""
-        keeper = self._keeper
+        obs_store = self._obs_store
         # The frame that came next is overwritten where an episode began instead
-        n_new = keeper.steps - self._steps + 1
+        n_new = obs_store.steps - self._steps + 1
         if not 0 < n_new < self._n_places:
-            self._ring.follow(0, len(next(iter(keeper.frames.values()))), keeper.frames)
-            rows = np.arange(len(keeper.ages))
+            self._ring.follow(0, len(next(iter(obs_store.frames.values()))), obs_store.frames)
+            rows = np.arange(len(obs_store.ages))
         else:
             begin = self._steps % self._n_places
             end = begin + n_new
-            self._ring.follow(begin, min(end, self._n_places), keeper.frames)
-            self._ring.follow(0, max(end - self._n_places, 0), keeper.frames)
-            first = max(self._steps - 1, keeper.steps - self._capacity, 0)
-            rows = np.arange(first, keeper.steps) % self._capacity
-        self._last.follow(keeper.last, rows)
+            self._ring.follow(begin, min(end, self._n_places), obs_store.frames)
+            self._ring.follow(0, max(end - self._n_places, 0), obs_store.frames)
+            first = max(self._steps - 1, obs_store.steps - self._capacity, 0)
+            rows = np.arange(first, obs_store.steps) % self._capacity
+        self._last.follow(obs_store.last, rows)
         if self._whole is not None:
-            self._whole.follow(keeper.whole, rows)
-        self._newest.fill_(keeper.steps - 1)
-        self._steps = keeper.steps
+            self._whole.follow(obs_store.whole, rows)
+        self._newest.fill_(obs_store.steps - 1)
+        self._steps = obs_store.steps
 
     def read(self, rows: th.Tensor, envs: th.Tensor, of_rows: DeviceRing, places: th.Tensor) -> PyTorchObs:
         """What was observed, ``(B, *observation_shape)``.
@@ -99,14 +114,14 @@ class DeviceFrames:
         first = (steps - ages).unsqueeze(1)
         places = th.maximum(wanted, first) % self._n_places * self._n_envs + envs.unsqueeze(1)
         window = {key: self._ring.read(key, places) for key in self._ring.columns}
-        if self._keeper.pads_with_zeros:
+        if self._obs_store.pads_with_zeros:
             padded = wanted < first
             window = {key: frames.masked_fill(_beside(padded, frames), 0) for key, frames in window.items()}
         return window
 
     def _join(self, window: dict[str, th.Tensor]) -> PyTorchObs:
-        stacks = {key: self._keeper.layouts[key].stacked_tensors(frames) for key, frames in window.items()}
-        return stacks if self._keeper.is_dict else stacks[""]
+        stacks = {key: self._obs_store.layouts[key].stacked_tensors(frames) for key, frames in window.items()}
+        return stacks if self._obs_store.is_dict else stacks[""]
 
 
 class _DevicePool:
