@@ -1,13 +1,13 @@
-# Everything happens in a virtual environment that the first target makes.
+# All targets run in a virtual environment, which is created if necessary.
 #
-#   make demo    train CartPole through RL Zoo's own command, then play the trained agent
+#   make demo    train CartPole with RL Zoo's train command, then evaluate the agent with enjoy
 #   make test    run the tests
 #   make check   lint, formatting and types
-#   make format  mend what the linter and the formatter can
+#   make format  fix lint errors and format
 #
-# PYTHON  the interpreter to make the environment from
-# VENV    where to make it
-# TORCH   what to install first, for instance a CPU build: make test TORCH="torch --index-url <its index>"
+# PYTHON  the interpreter that creates the environment
+# VENV    folder of the environment
+# TORCH   pip arguments that install PyTorch, e.g. for a CPU build: make test TORCH="torch --index-url <its index>"
 
 PYTHON ?= python3
 VENV ?= .venv

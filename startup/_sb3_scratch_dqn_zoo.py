@@ -1,21 +1,21 @@
-"""Waits for RL Zoo to be imported, then adds ``scratch_dqn`` to it.
+"""Register ``scratch_dqn`` in RL Zoo when a program imports the Zoo.
 
-It runs at every start of the interpreter, so it imports nothing that the interpreter has not loaded by then, and never
-lets an error out: the worst that happens is one line on stderr and a Zoo without ``scratch_dqn``.
+This module runs at every start of the interpreter. It therefore imports only modules that the interpreter has already
+loaded, and catches every error: at worst, it prints one line to stderr and the Zoo does not have ``scratch_dqn``.
 """
 
 import os
 import sys
 
-# What the package registers in; each is completed right after it was loaded
+# The modules in which the package registers, each right after it is loaded
 ZOO_MODULES = frozenset({"rl_zoo3.utils", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager"})
 
 
 class ZooFinder:
-    """Lets the other finders find the Zoo's modules, and has them registered in once they have run."""
+    """A meta path finder that delegates to the other finders and makes the Zoo's modules register after loading."""
 
     def find_spec(self, name, path=None, target=None):
-        """Find a module as the other finders do; all but a few names are left to them at once."""
+        """Return the spec that the other finders find for one of ``ZOO_MODULES``, and ``None`` for other modules."""
         if name not in ZOO_MODULES:
             return None
         for finder in sys.meta_path:
@@ -31,15 +31,15 @@ class ZooFinder:
 
 def _register_after_loading(loader):
     try:
-        load = loader.exec_module
+        original = loader.exec_module
 
         def exec_module(module):
-            load(module)
+            original(module)
             _register(module)
 
-        loader.exec_module = exec_module  # on this one loader, which serves this one module
+        loader.exec_module = exec_module  # this loader instance loads only this module
     except AttributeError as error:
-        _complain(error)
+        _print_error(error)
 
 
 def _register(module):
@@ -48,16 +48,16 @@ def _register(module):
 
         zoo.register_in(module)
     except Exception as error:
-        _complain(error)
+        _print_error(error)
 
 
-def _complain(error):
-    message = f"sb3_scratch_dqn: scratch_dqn is missing in RL Zoo: {type(error).__name__}: {error}"
+def _print_error(error):
+    message = f"sb3_scratch_dqn: could not register scratch_dqn in RL Zoo: {type(error).__name__}: {error}"
     print(" ".join(message.split()), file=sys.stderr)
 
 
 def install():
-    """Begin to wait, unless the environment says not to."""
+    """Install the finder, unless ``SB3_SCRATCH_DQN_NO_ZOO`` is set."""
     if os.environ.get("SB3_SCRATCH_DQN_NO_ZOO", "0") not in ("", "0"):
         return
     if not any(type(finder).__name__ == "ZooFinder" for finder in sys.meta_path):

@@ -1,4 +1,4 @@
-"""Configurations in which ScratchDQN must be SB3's DQN to the last bit, and short settings that other tests share."""
+"""Configurations in which ScratchDQN must equal SB3's DQN bit for bit, and settings that other tests share."""
 
 import gymnasium as gym
 import torch as th
@@ -7,8 +7,8 @@ from helpers import (
     ImageEnv,
     NormedExtractor,
     TimeoutEnv,
-    exactly,
     normalized,
+    parity_settings,
     random_states,
 )
 from stable_baselines3 import HerReplayBuffer
@@ -83,7 +83,7 @@ CONFIGURATIONS = {
         400,
         {
             **SMALL,
-            "max_grad_norm": 0.3,  # of some gradients smaller, of others larger
+            "max_grad_norm": 0.3,  # smaller than the norm of some gradients, larger than that of others
             "policy_kwargs": {"optimizer_kwargs": {"weight_decay": 0.01, "amsgrad": True, "eps": 1e-4}},
         },
     ),
@@ -122,5 +122,5 @@ CONFIGURATIONS = {
 
 
 def trained(algorithm, policy, make_env, steps, settings):
-    model = algorithm(policy, make_env(), **settings, **exactly(algorithm))
+    model = algorithm(policy, make_env(), **settings, **parity_settings(algorithm))
     return model.learn(steps), random_states()

@@ -1,4 +1,4 @@
-"""What several tests need: small environments, and the comparison of two algorithms to the last bit."""
+"""Small environments and bitwise comparisons of algorithms, for several tests."""
 
 import random
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class TimeoutEnv(gym.Env):
-    """Ends by termination or by truncation, each at random; the observation tells nothing and everything."""
+    """Ends by termination or truncation, each at random; observations are random as well."""
 
     observation_space = gym.spaces.Box(-10, 10, (3,), np.float32)
     action_space = gym.spaces.Discrete(3)
@@ -32,7 +32,7 @@ class TimeoutEnv(gym.Env):
 
 
 class DictEnv(TimeoutEnv):
-    """The same with a Dict observation: a vector, an image and a Discrete part."""
+    """TimeoutEnv with Dict observations: a vector, an image and a Discrete part."""
 
     observation_space = gym.spaces.Dict(
         {
@@ -51,7 +51,7 @@ class DictEnv(TimeoutEnv):
 
 
 class RandomMasks:
-    """Allows one or two of three actions, at random, and fails if another is taken."""
+    """Allows one or two of three actions, at random, and fails if another one is taken."""
 
     def draw_mask(self):
         self.mask = self.np_random.permutation([True, False, bool(self.np_random.integers(2))])
@@ -66,21 +66,21 @@ class RandomMasks:
 
 
 class MaskedEnv(RandomMasks, TimeoutEnv):
-    """The observation is the mask."""
+    """TimeoutEnv whose observation is the mask."""
 
     def _observe(self):
         return self.draw_mask()
 
 
 class MaskedDictEnv(RandomMasks, DictEnv):
-    """A part of the observation is the mask."""
+    """DictEnv whose vector is the mask."""
 
     def _observe(self):
         return {**super()._observe(), "vector": self.draw_mask()}
 
 
 class ImageEnv(TimeoutEnv):
-    """The same with an image, channels last as cameras have them."""
+    """TimeoutEnv with image observations, channels last."""
 
     observation_space = gym.spaces.Box(0, 255, (36, 36, 1), np.uint8)
 
@@ -89,7 +89,7 @@ class ImageEnv(TimeoutEnv):
 
 
 class NormedExtractor(BaseFeaturesExtractor):
-    """A features extractor with batch normalisation and dropout, which behave differently in training."""
+    """A features extractor with batch normalisation and dropout, which depend on the training mode."""
 
     def __init__(self, observation_space, features_dim=16):
         super().__init__(observation_space, features_dim)
@@ -102,12 +102,12 @@ class NormedExtractor(BaseFeaturesExtractor):
 
 
 def normalized(make_env, **kwargs):
-    """A VecNormalize environment, observations and rewards."""
+    """Return an environment with VecNormalize, by default of observations and rewards."""
     return VecNormalize(DummyVecEnv([make_env]), **kwargs)
 
 
 class CoinPerEnvDQN(DQN):
-    """SB3's DQN with the one documented departure, naively: an epsilon coin for each environment."""
+    """SB3's DQN with a documented departure: exploration is decided for each environment separately."""
 
     def predict(self, observation, state=None, episode_start=None, deterministic=False):
         greedy, state = self.policy.predict(observation, state, episode_start, deterministic)
@@ -124,10 +124,10 @@ class CoinPerEnvDQN(DQN):
 
 @contextmanager
 def ending_last_trajectory(model):
-    """Do for SB3, while it trains, what it should do when its environment is to be reset: end the last trajectory.
+    """Mark the last transition as the end of its trajectory while SB3 trains, because its environment will be reset.
 
-    A documented departure: SB3's returns of several steps reach into the next episode, and of observations that are
-    kept once, what came next is the first observation of the next episode.
+    A documented departure: in SB3, n-step returns continue in the next episode, and with ``optimize_memory_usage``, the
+    next observation is the first one of the next episode.
     """
     buffer, newest = model.replay_buffer, model.replay_buffer.pos - 1
     several_steps = isinstance(buffer, NStepReplayBuffer)
@@ -141,18 +141,18 @@ def ending_last_trajectory(model):
         buffer.timeouts[newest] = timeouts
 
 
-def exactly(algorithm):
-    """Settings with which an algorithm computes what SB3's DQN computes, to the last bit."""
+def parity_settings(algorithm):
+    """Return the settings with which an algorithm equals SB3's DQN bit for bit."""
     return {} if issubclass(algorithm, DQN) else {"engine": "eager"}
 
 
 def random_states():
-    """Every global random state that training touches."""
+    """Return every global random state that training uses."""
     return {"python": random.getstate(), "numpy": np.random.get_state()[1:], "torch": th.get_rng_state()}
 
 
 def assert_equal(left, right, where="value"):
-    """Compare nested containers of arrays, tensors and numbers to the last bit."""
+    """Compare nested containers of arrays, tensors and numbers bit for bit."""
     if isinstance(left, th.Tensor):
         left, right = left.detach().cpu().numpy(), right.detach().cpu().numpy()
     if isinstance(left, np.ndarray):
@@ -173,7 +173,7 @@ def assert_equal(left, right, where="value"):
 
 
 def replay_contents(buffer):
-    """The filled part of a replay buffer, SB3's or ours."""
+    """Return the filled part of a replay buffer, SB3's or ours."""
     rows = buffer.buffer_size if buffer.full else min(buffer.pos + buffer.optimize_memory_usage, buffer.buffer_size)
     names = ["observations", "actions", "rewards", "dones", "timeouts"]
     if not buffer.optimize_memory_usage:
@@ -189,12 +189,12 @@ def replay_contents(buffer):
     return contents
 
 
-# What SB3's DQN does not log
-OWN_FIGURES = {"train/q_mean", "train/target_mean", "train/td_error", "train/grad_norm"}
+# Logged values that SB3's DQN does not have
+OWN_LOG_KEYS = {"train/q_mean", "train/target_mean", "train/td_error", "train/grad_norm"}
 
 
 def full_state(model):
-    """All that training leaves behind in an algorithm."""
+    """Return all state of an algorithm that training changes."""
     return {
         "parameters": model.policy.state_dict(),
         "optimizer": model.policy.optimizer.state_dict(),
@@ -209,11 +209,11 @@ def full_state(model):
         "logged": {
             name: value
             for name, value in model.logger.name_to_value.items()
-            if not name.startswith("time/") and name not in OWN_FIGURES
+            if not name.startswith("time/") and name not in OWN_LOG_KEYS
         },
     }
 
 
 def assert_same_training(reference, model):
-    """Compare two algorithms to the last bit."""
+    """Compare the state of two algorithms bit for bit."""
     assert_equal(full_state(reference), full_state(model))

@@ -1,9 +1,10 @@
-"""Imports between the rooms of the package go down, and none reaches into SB3's DQN.
+"""Imports between the rooms of the package go down, and no files import each other in a circle.
 
 The rooms, from the top: each may import those below it, and never one above. Imports for types alone count too.
 """
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,24 @@ ROOT = Path(sb3_scratch_dqn.__file__).parent
 ROOMS = ("bench", "zoo", "algorithm", "engines", "networks", "values", "replay", "common")
 
 FILES = sorted(ROOT.rglob("*.py"))
+
+
+def dotted(path):
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {dotted(path): path for path in FILES}
+
+
+def imported_modules(path):
+    """Modules of the package that a file imports."""
+    for name, _ in imports(path):
+        while name.startswith("sb3_scratch_dqn"):
+            if name in MODULES:
+                yield name
+                break
+            name = name.rpartition(".")[0]
 
 
 def is_for_types(node):
@@ -50,6 +69,14 @@ def test_a_room_imports_only_rooms_below_it(room):
         for name, _ in imports(path):
             if name.startswith("sb3_scratch_dqn."):
                 assert name.split(".")[1] in below, f"{path} imports {name}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {name: set(imported_modules(path)) - {name} for name, path in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 @pytest.mark.parametrize("room", ROOMS)

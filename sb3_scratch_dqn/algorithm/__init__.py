@@ -1,1 +1,20 @@
-"""``ScratchDQN``: its settings, rollouts, exploration, training, saving, and conversion from and to SB3's DQN."""
+"""``ScratchDQN``: its settings, how it acts, steps environments, trains, is saved, and converts from and to SB3's DQN.
+
+The class is a chain of classes, each of which adds one job:
+
+- ``base.DQNBase``: the attributes; ``state`` groups them, ``settings`` checks them
+- ``persistence.PersistentAlgorithm``: files, pickles, environments; ``parameters`` checks what it loads,
+``replay_setup``
+  builds the replay buffer, ``stacking`` detects stacked frames
+- ``acting.EpsilonGreedyAlgorithm``: actions; ``exploration`` has epsilon, ``finite`` the checks for NaN
+- ``rollout.LeanRollouts``: steps of the environments; ``subprocesses`` detects dead ones
+- ``updates.EngineUpdates``: gradient steps, by an engine
+- ``learning.Learning``: ``learn()``, and ``learn_offline()`` with ``offline``; ``target_sync`` says when the target
+network
+  is updated
+- ``dqn.ScratchDQN``: the constructor; ``conversion`` from and to SB3's DQN
+"""
+
+from sb3_scratch_dqn.algorithm.dqn import ScratchDQN
+
+__all__ = ["ScratchDQN"]

@@ -1,4 +1,4 @@
-"""How actions are chosen: greedily, or at random with probability epsilon, and only among those that are allowed."""
+"""Epsilon-greedy actions with action masks: in predictions, and in rollouts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -6,15 +6,13 @@ from typing import Any, Protocol
 import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_scratch_dqn.algorithm.exploration import Actions, Envs, epsilon_greedy, make_epsilon_schedule
-from sb3_scratch_dqn.algorithm.finite import check_observations, check_rewards, look_finite
-from sb3_scratch_dqn.algorithm.persistence import CheckedOffPolicyAlgorithm
-from sb3_scratch_dqn.common.checks import check_observation
+from sb3_scratch_dqn.algorithm.finite import check_observations, check_rewards, fast_all_finite
+from sb3_scratch_dqn.algorithm.persistence import PersistentAlgorithm
+from sb3_scratch_dqn.common.check_spaces import check_observation
 from sb3_scratch_dqn.common.interrupts import Interrupts
-from sb3_scratch_dqn.common.overriding import replaced
-from sb3_scratch_dqn.networks.policies import DQNPolicy
+from sb3_scratch_dqn.common.overrides import is_overridden
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.observations import Array, Observation
 from sb3_scratch_dqn.values.masks import Masks, check_masks, find_masks, masks_of_next_states
@@ -22,39 +20,30 @@ from sb3_scratch_dqn.values.support import SupportMonitor
 
 
 class GreedyActor(Protocol):
-    """Gives greedy actions, with noise in noisy layers."""
+    """Chooses greedy actions for the rollout, with noise in noisy layers."""
 
     def __call__(self, observation: Observation, envs: Envs | None = None) -> Array:
-        """What all environments show, ``(n_envs, ...)`` -> actions of those in ``envs``; of all for ``None``."""
+        """Return greedy actions.
+
+        :param observation: of all environments, ``(n_envs, ...)``
+        :param envs: indices of the environments to choose for, ``(N,)``; ``None`` for all
+        :return: ``(N,)``
+        """
 
 
-class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
-    """The part of ``ScratchDQN`` that acts, and that keeps track of epsilon and of masks.
+class EpsilonGreedyAlgorithm(PersistentAlgorithm):
+    """The part of ``ScratchDQN`` that chooses actions, and keeps epsilon and the action masks up to date.
 
-    An environment without ``action_masks()`` is asked for it once, when training begins.
+    Environments are asked for ``action_masks()`` once, when training begins.
     """
 
-    policy: DQNPolicy
-    exploration_rate: float
-    exploration_schedule: str | Schedule
-    exploration_initial_eps: float
-    exploration_final_eps: float
-    exploration_fraction: float
-    exploration_decay: float
-    exploration_steps: int | None
-    _env_steps: int  # over all calls of learn()
-    _episodes_finished: int  # since learn() last set the counters back
-    _episodes_ended_now: int  # by the last call of env.step()
-    _read_masks: Callable[[], Masks] | None = None  # of the environments; None if they have no masks
-    _masks: Masks | None = None  # of the states that the environments are in
-    _act: GreedyActor | None = None
-    _adds_directly: bool = False
-    _engine_checked: bool = False  # and nobody could have changed anything since that acting depends on
-    _mid_step: bool = False  # the environments may be ahead of the last observation
-    _is_reference: bool = False  # trains exactly as SB3's DQN does
-    _checks_finite: bool = True
+    _read_masks: Callable[[], Masks] | None = None  # reads the masks of the environments; None if they have no masks
+    _masks: Masks | None = None  # in the current states, (n_envs, A)
+    _fast_actor: GreedyActor | None = None  # bypasses predict(); None where it must be called
+    _adds_directly: bool = False  # transitions go to the buffer without the copies that SB3 makes
+    _engine_checked: bool = False  # no code of users ran since the engine was last checked
     _support_monitor: SupportMonitor | None = None
-    _interrupts = Interrupts()  # while training, those of learn()
+    _interrupts = Interrupts()  # learn() replaces it by one that is active
 
     def predict(
         self,
@@ -64,17 +53,17 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         deterministic: bool = False,
         action_masks: Masks | None = None,
     ) -> tuple[Array, tuple[Array, ...] | None]:
-        """Choose actions: the greedy ones, or random ones with probability ``exploration_rate``.
+        """Choose greedy actions, or random ones with probability ``exploration_rate``.
 
         :param observation: one observation, or ``B`` of them
-        :param state: passed through; DQN has no memory
-        :param episode_start: not used
-        :param deterministic: always the greedy action, without the noise of noisy layers
-        :param action_masks: true where an action is allowed, ``(A,)`` or ``(B, A)``
+        :param state: returned unchanged; DQN has no recurrent state
+        :param episode_start: unused
+        :param deterministic: always choose the greedy action, without the noise of noisy layers
+        :param action_masks: True where an action is allowed, ``(A,)`` or ``(B, A)``
         :return: an action for each observation, and ``state``
-        :raises ValueError: if ``action_masks`` have another shape, or allow nothing
+        :raises ValueError: if ``action_masks`` have another shape, or allow no action
         """
-        if isinstance(observation, tuple):  # a mistake that the policy explains
+        if isinstance(observation, tuple):  # the result of env.reset(): the policy raises an error that explains it
             return self.policy.predict(observation, state, episode_start, deterministic)
         check_observation(observation, self.observation_space)
         if isinstance(observation, dict):
@@ -84,19 +73,19 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         masks = None
         if action_masks is not None:
             masks = check_masks(action_masks, self._count(observation) or 1, self._n_actions)
-        # Policies of users may not know of masks
-        told = {} if masks is None else {"action_masks": masks}
+        # A policy of users may not have the argument
+        kwargs = {} if masks is None else {"action_masks": masks}
         if deterministic:
-            return self.policy.predict(observation, state, episode_start, True, **told)
+            return self.policy.predict(observation, state, episode_start, True, **kwargs)
         n_observations = self._count(observation)
         if n_observations is None:
             if np.random.rand() < self.exploration_rate:
                 return np.array(self._random_action(0, masks)), state
-            return self.policy.predict(observation, state, episode_start, False, **told)
+            return self.policy.predict(observation, state, episode_start, False, **kwargs)
 
         def greedy_actions(envs: Envs | None) -> Actions:
-            # Of all, because a policy of users may want to see all
-            actions: Actions = self.policy.predict(observation, state, episode_start, False, **told)[0]
+            # For all observations, as a policy of users may depend on all of them
+            actions: Actions = self.policy.predict(observation, state, episode_start, False, **kwargs)[0]
             return actions if envs is None else actions[envs]
 
         def random_action(env: int) -> np.generic:
@@ -105,7 +94,7 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         return epsilon_greedy(self.exploration_rate, n_observations, random_action, greedy_actions), state
 
     def q_values(self, observation: Observation) -> Array:
-        """The value of each action.
+        """Return the value of each action.
 
         :param observation: one observation, or ``B`` of them
         :return: ``(B, A)``, with ``B = 1`` for one observation
@@ -121,16 +110,16 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         return action
 
     def _count(self, observation: Observation) -> int | None:
-        """The number of observations in a batch of them; ``None`` for a single one."""
+        """Return the number of observations in a batch; ``None`` for a single observation."""
         if isinstance(observation, dict):
             first = next(iter(observation.values()))
         elif observation.ndim > 0 and observation.shape[1:] == self.observation_space.shape:
-            return len(observation)  # the common case, sparing the policy's thorough look
+            return len(observation)  # the common case, without the policy's slower check
         else:
             first = observation
         return len(first) if self.policy.is_vectorized_observation(observation) else None
 
-    # In training
+    # Rollouts
 
     def _make_epsilon_schedule(self) -> None:
         self._epsilon_schedule_source = self.exploration_schedule
@@ -144,7 +133,7 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         )
 
     def _update_exploration_rate(self) -> None:
-        if self._epsilon_schedule_source is not self.exploration_schedule:  # a callback changed it
+        if self._epsilon_schedule_source is not self.exploration_schedule:  # written past Setting
             self._make_epsilon_schedule()
         self.exploration_rate = self._epsilon_schedule(
             self._current_progress_remaining, self._episodes_finished, self._env_steps
@@ -152,45 +141,42 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         self.logger.record("rollout/exploration_rate", self.exploration_rate)
 
     def _find_masks(self) -> None:
-        """See whether the environments, which have been reset, have masks.
+        """Read the masks of the environments, which must have been reset; find out whether there are any.
 
-        :raises ValueError: if what they give is no mask
+        :raises ValueError: if they return something else than a mask
         """
         assert self.env is not None
         self._read_masks = find_masks(self.env, self._n_actions)
         self._masks = None if self._read_masks is None else self._read_masks()
 
-    def _greedy_actor(self) -> GreedyActor | None:
-        """A short cut to greedy actions, past :meth:`predict`; ``None`` if there is none.
-
-        It gets what all environments of a training show, and its noisy layers have noise.
-        """
+    def _find_fast_actor(self) -> GreedyActor | None:
+        """Return a faster way to greedy actions than :meth:`predict`; ``None`` if there is none."""
         return None
 
-    def _choose_how_to_act(self) -> None:
-        """Find the short cuts that nobody stands in the way of, for the steps to come."""
-        plain = self._masks is None and not replaced(self, EpsilonGreedyAlgorithm, "predict")
-        self._act = self._greedy_actor() if plain else None
+    def _select_fast_paths(self) -> None:
+        """Select the fast paths for the next steps: those that bypass no code of users."""
+        uses_own_predict = self._masks is None and not is_overridden(self, EpsilonGreedyAlgorithm, "predict")
+        self._fast_actor = self._find_fast_actor() if uses_own_predict else None
         self._adds_directly = (
             self._vec_normalize_env is None
             and type(self.replay_buffer) is ScratchReplayBuffer
-            and not replaced(self.replay_buffer, ScratchReplayBuffer, "add")
+            and not is_overridden(self.replay_buffer, ScratchReplayBuffer, "add")
         )
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[Array, Array]:
-        act, observation = self._act, self._last_obs
+        act, observation = self._fast_actor, self._last_obs
         assert observation is not None
         actions: Array
         if self.num_timesteps < learning_starts:
             actions = np.array([self._random_action(env, self._masks) for env in range(n_envs)])
         elif act is None:
-            # A predict() of users may not know of masks
-            told: dict[str, Any] = {} if self._masks is None else {"action_masks": self._masks}
-            actions, _ = self.predict(observation, deterministic=False, **told)
+            # A predict() of users may not have the argument
+            kwargs: dict[str, Any] = {} if self._masks is None else {"action_masks": self._masks}
+            actions, _ = self.predict(observation, deterministic=False, **kwargs)
         elif n_envs == 1:
-            # As epsilon_greedy() has it, for one coin
+            # What epsilon_greedy() does for one environment
             explores = np.random.rand() < self.exploration_rate
             actions = np.array([self._random_action(0, None)]) if explores else act(observation)
         else:
@@ -203,13 +189,13 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         return actions, actions
 
     def _check_finite(self, new_obs: Observation, rewards: Array, infos: Sequence[dict[str, Any]]) -> None:
-        """Refuse what the environments gave if some of it is no finite number.
+        """Raise ValueError unless the rewards and observations of a step are finite.
 
         :param new_obs: ``(n_envs, ...)``
         :param rewards: ``(n_envs,)``
-        :param infos: those of environments whose episode ended are looked into
+        :param infos: of the environments; checked for the last observations of episodes
         """
-        if self._vec_normalize_env is not None:  # replay keeps what it was before
+        if self._vec_normalize_env is not None:  # the buffer stores values before normalisation
             new_obs, rewards = self._vec_normalize_env.get_original_obs(), self._vec_normalize_env.get_original_reward()
         check_rewards(rewards, self.num_timesteps)
         check_observations(new_obs, self.num_timesteps)
@@ -218,7 +204,7 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
                 check_observations(info["terminal_observation"], self.num_timesteps, env)
 
     def _check_first_observations(self) -> None:
-        """Refuse what the environments gave when they were reset if it is not finite."""
+        """Raise ValueError unless the observations of the reset environments are finite."""
         first = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
         assert first is not None
         check_observations(first, self.num_timesteps)
@@ -233,7 +219,9 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         ended = any(dones)
-        if self._checks_finite and (ended or self._vec_normalize_env is not None or not look_finite(new_obs, reward)):
+        if self._checks_finite and (
+            ended or self._vec_normalize_env is not None or not fast_all_finite(new_obs, reward)
+        ):
             self._check_finite(new_obs, reward, infos if ended else ())
         if self._masks is not None:
             assert self._read_masks is not None
@@ -245,8 +233,8 @@ class EpsilonGreedyAlgorithm(CheckedOffPolicyAlgorithm):
             ]
             self._masks = masks_now
         if self._adds_directly and not ended:
-            # SB3 copies the observations, into which it writes those that episodes ended with; here are none, and the
-            # buffer makes copies of its own
+            # SB3 copies the observations to write the last ones of episodes into the copy. No episode ended here, and
+            # the buffer copies what it stores
             replay_buffer.add(self._last_obs, new_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]  # dicts too
             self._last_original_obs, self._last_obs = self._last_obs, new_obs
         else:

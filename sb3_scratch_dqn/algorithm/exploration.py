@@ -1,8 +1,8 @@
-"""How often to act at random, and acting so.
+"""Epsilon schedules, and epsilon-greedy action selection.
 
-Schedules are asked once an environment step. ``progress_remaining`` goes from 1 to 0 over the steps that ``learn()``
-was given; ``episodes`` counts the finished ones since it began; ``steps`` counts the environment steps of the model's
-whole life, over all calls of ``learn()``.
+Schedules are called once per environment step. ``progress_remaining`` goes from 1 to 0 over ``total_timesteps`` of
+``learn()``; ``episodes`` counts the episodes finished since ``learn()`` began; ``steps`` counts environment steps over
+all calls of ``learn()``.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
 
 Actions = npt.NDArray[np.generic]
-Envs = npt.NDArray[np.intp]  # their numbers
+Envs = npt.NDArray[np.intp]  # indices
 
 EXPLORATION_SCHEDULES = ("linear", "exponential")
 
@@ -24,7 +24,7 @@ class EpsilonSchedule(Protocol):
     """The probability of a random action."""
 
     def __call__(self, progress_remaining: float, episodes: int, steps: int) -> float:
-        """Epsilon, in [0, 1]."""
+        """Return epsilon, in [0, 1]."""
 
 
 @dataclass
@@ -34,9 +34,9 @@ class ProgressEpsilon:
     schedule: Schedule
 
     def __call__(self, progress_remaining: float, episodes: int, steps: int) -> float:
-        """Epsilon at this progress.
+        """Return epsilon at this progress.
 
-        :raises ValueError: if a function of the user's gives something else than a probability
+        :raises ValueError: if the user's function does not return a probability
         """
         epsilon = self.schedule(progress_remaining)
         if not 0 <= epsilon <= 1:
@@ -46,41 +46,41 @@ class ProgressEpsilon:
 
 @dataclass
 class StepsEpsilon:
-    """Epsilon in a line from ``initial`` to ``final`` over ``duration`` environment steps, however learning is cut."""
+    """Linear from ``initial`` to ``final`` over ``duration`` environment steps, across calls of ``learn()``."""
 
     initial: float
     final: float
     duration: int
 
     def __call__(self, progress_remaining: float, episodes: int, steps: int) -> float:
-        """Epsilon after this many steps."""
+        """Return epsilon after this many steps."""
         return self.initial + min(steps / self.duration, 1.0) * (self.final - self.initial)
 
 
 @dataclass
 class ExponentialEpsilon:
-    """Epsilon multiplied by ``decay`` after each episode, down to ``final``."""
+    """Multiplied by ``decay`` after each episode, down to ``final``."""
 
     initial: float
     final: float
     decay: float
 
     def __call__(self, progress_remaining: float, episodes: int, steps: int) -> float:
-        """Epsilon after this many episodes."""
+        """Return epsilon after this many episodes."""
         return max(self.final, self.initial * self.decay**episodes)
 
 
 def make_epsilon_schedule(
     schedule: str | Schedule, initial: float, final: float, fraction: float, decay: float, steps: int | None = None
 ) -> EpsilonSchedule:
-    """Turn the settings of an algorithm into a schedule.
+    """Build the schedule that the settings describe.
 
     :param schedule: ``"linear"``, ``"exponential"`` or a function of the remaining progress
     :param initial: epsilon at the beginning
     :param final: epsilon at the end
-    :param fraction: the part of the training over which a linear schedule falls
-    :param decay: the factor per episode of an exponential one
-    :param steps: environment steps over which a linear schedule falls instead, whatever the training's length
+    :param fraction: the fraction of training over which a linear schedule falls
+    :param decay: the factor per episode of an exponential schedule
+    :param steps: environment steps over which a linear schedule falls instead of ``fraction``
     """
     if schedule == "linear" and steps is not None:
         return StepsEpsilon(initial, final, steps)
@@ -98,15 +98,16 @@ def epsilon_greedy(
     random_action: Callable[[int], np.generic],
     greedy_actions: Callable[[Envs | None], Actions],
 ) -> Actions:
-    """Choose an action for each environment, each with a coin of its own.
+    """Choose an action for each environment, with one coin toss per environment.
 
-    With one environment it draws from NumPy's global generator and from ``random_action`` what SB3's DQN draws.
+    With one environment it draws the same random numbers as SB3's DQN, from NumPy's global generator and by
+    ``random_action``.
 
-    :param epsilon: probability that a coin says "random"
+    :param epsilon: probability of a random action
     :param n_envs: number of environments
-    :param random_action: gives a random action for the environment of this number
-    :param greedy_actions: gives the greedy actions of the environments of these numbers, all for ``None``; not asked if
-        nobody wants one
+    :param random_action: returns a random action for the environment with this index
+    :param greedy_actions: returns the greedy actions of the environments with these indices, ``None`` for all; not
+        called if all actions are random
     :return: ``(n_envs,)``
     """
     explores = np.random.rand(n_envs) < epsilon

@@ -1,6 +1,6 @@
-"""Whether what environments give is finite: one NaN in replay ends a training in NaN weights, long after its cause.
+"""Checks that rewards and observations are finite: one NaN in the replay buffer later turns all weights into NaN.
 
-The checks run at every environment step, so they must cost next to nothing.
+The checks run at every environment step, so they must be fast.
 """
 
 import math
@@ -11,43 +11,43 @@ import numpy.typing as npt
 
 from sb3_scratch_dqn.replay.observations import Array, Observation
 
-# Up to so many numbers their sum in Python takes less time than np.isfinite(array).all(): for 4 of them 0.3 us, not 2
-_FEW_NUMBERS = 64
+# Number of elements up to which a sum in Python is faster than np.isfinite(array).all(): 0.3 us instead of 2 us for 4
+_FEW_ELEMENTS = 64
 
 
 def all_finite(array: Array) -> bool:
-    """Return True if no number is NaN or infinite."""
-    if array.dtype.kind != "f":  # whole numbers always are finite
+    """Return True if no element is NaN or infinite."""
+    if array.dtype.kind != "f":  # integers and booleans
         return True
-    # Adding NaN or infinity never gives a finite number; a sum that overflows is looked at again
-    if array.size <= _FEW_NUMBERS and math.isfinite(sum(array.ravel().tolist())):
+    # A sum with NaN or infinity is never finite; the second check is for finite elements whose sum overflows
+    if array.size <= _FEW_ELEMENTS and math.isfinite(sum(array.ravel().tolist())):
         return True
     return bool(np.isfinite(array).all())
 
 
-def look_finite(observation: Observation, rewards: Array) -> bool:
-    """Return True if a glance shows that all numbers are finite; False if they must be looked at one by one.
+def fast_all_finite(observation: Observation, rewards: Array) -> bool:
+    """Return True if a fast check shows that all elements are finite; False if the full checks below are needed.
 
     :param observation: ``(n_envs, ...)``, or a dict of such arrays
     :param rewards: ``(n_envs,)``
     """
-    if type(observation) is not np.ndarray or observation.size > _FEW_NUMBERS:
+    if type(observation) is not np.ndarray or observation.size > _FEW_ELEMENTS:
         return False
     return math.isfinite(sum(observation.ravel().tolist(), sum(rewards.tolist())))
 
 
 def check_observations(observations: Observation, step: int, env: int | None = None) -> None:
-    """Refuse observations that are not finite.
+    """Raise ValueError unless observations are finite.
 
-    :param observations: ``(n_envs, ...)``, or a dict of such arrays; of one environment if ``env`` is given
-    :param step: environment steps of the training so far, for the message
-    :param env: the number of that environment
-    :raises ValueError: naming the environment, the step, and the numbers
+    :param observations: ``(n_envs, ...)``, or a dict of such arrays; a single observation if ``env`` is given
+    :param step: environment steps so far, for the message
+    :param env: index of the environment of a single observation
+    :raises ValueError: with the environment and the step
     """
     parts = observations.items() if isinstance(observations, dict) else [("", observations)]
     for key, part in parts:
         if not (isinstance(part, np.ndarray) and all_finite(part)):
-            part = np.asarray(part)  # which may be a number, the observation of a Discrete space
+            part = np.asarray(part)  # an observation of a Discrete space may be a number
             row = _first_bad_row(part.reshape(len(part) if env is None else 1, -1))
             if row is not None:
                 of_key = f" whose {key!r}" if key else " that"
@@ -55,11 +55,11 @@ def check_observations(observations: Observation, step: int, env: int | None = N
 
 
 def check_rewards(rewards: npt.NDArray[np.floating[Any]], step: int) -> None:
-    """Refuse rewards that are not finite.
+    """Raise ValueError unless rewards are finite.
 
     :param rewards: ``(n_envs,)``
-    :param step: environment steps of the training so far, for the message
-    :raises ValueError: naming the environment, the step and the reward
+    :param step: environment steps so far, for the message
+    :raises ValueError: with the environment, the step and the reward
     """
     if not all_finite(rewards):
         env = _first_bad_row(rewards.reshape(-1, 1))
@@ -73,6 +73,6 @@ def _first_bad_row(numbers: Array) -> int | None:
 
 def _error(what: str, env: int | None, step: int) -> ValueError:
     return ValueError(
-        f"env gave {what}, in environment {env} at step {step:,}: mend env, or wrap it, so that rewards and "
-        "observations are finite numbers; check_finite=False trains on them, as SB3's DQN does"
+        f"env gave {what}, in environment {env} at step {step:,}: fix env, or wrap it, so that rewards and "
+        "observations are finite; check_finite=False trains on them, as SB3's DQN does"
     )

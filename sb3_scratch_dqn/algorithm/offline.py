@@ -1,44 +1,42 @@
-"""Training on what the replay buffer holds, without an environment step."""
+"""The loop of ``learn_offline()``: gradient steps on the replay buffer, with schedules, logs and callbacks."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.type_aliases import MaybeCallback, TrainFreq, TrainFrequencyUnit
 
 from sb3_scratch_dqn.algorithm.rollout import is_noop
+from sb3_scratch_dqn.algorithm.updates import EngineUpdates
 from sb3_scratch_dqn.common import checks
 
-if TYPE_CHECKING:
-    from sb3_scratch_dqn.algorithm.dqn import ScratchDQN
-
-# Gradient steps in one call where no callback is to see each: many enough for engines that draw batches ahead
-_STEPS_AT_ONCE = 64
+# Gradient steps per call of train() without a callback: enough for engines that sample several batches at once
+_STEPS_PER_CALL = 64
 
 
-def target_interval(model: "ScratchDQN", interval: Any) -> int:
-    """How many gradient steps there are between updates of the target network.
+def target_interval(model: EngineUpdates, interval: Any) -> int:
+    """Return the number of gradient steps between updates of the target network.
 
-    :param model: whose settings count
-    :param interval: what the caller wants; ``None`` for as many as in training with an environment
-    :raises ValueError: if that is no count, or is counted in episodes
+    :param model: the model, for its settings
+    :param interval: the number that the caller chose; ``None`` for the number that ``learn()`` takes
+    :raises ValueError: if it is not a count, or the model's setting counts episodes
     """
     if interval is not None:
         return checks.check_count("target_update_interval", interval)
     freq: TrainFreq = model.train_freq  # type: ignore[assignment]  # set up by now
     if isinstance(model.target_update_interval, tuple):
         raise ValueError(
-            f"target_update_interval={model.target_update_interval!r} counts episodes, which there are none of here: "
-            "pass a number of gradient steps to learn_offline()"
+            f"target_update_interval={model.target_update_interval!r} counts episodes, but learn_offline() "
+            "has none: pass target_update_interval=, a number of gradient steps"
         )
     if freq.unit == TrainFrequencyUnit.EPISODE or model.gradient_steps < 0:
-        return model.target_update_interval  # one gradient step an environment step
+        return model.target_update_interval  # one gradient step per environment step
     calls = model.target_update_interval / (freq.frequency * model.n_envs)
     return max(1, round(calls * max(model.gradient_steps, 1)))
 
 
 def learn(
-    model: "ScratchDQN",
+    model: EngineUpdates,
     gradient_steps: int,
     callback: MaybeCallback,
     log_interval: int | None,
@@ -47,11 +45,11 @@ def learn(
 ) -> None:
     """Implement :meth:`sb3_scratch_dqn.ScratchDQN.learn_offline`.
 
-    :param model: whose replay buffer holds transitions
-    :param gradient_steps: how many
+    :param model: the model, with transitions in its replay buffer
+    :param gradient_steps: number of gradient steps
     :param callback: called after each of them
-    :param log_interval: gradient steps between logs; ``None`` for none
-    :param progress_bar: show one
+    :param log_interval: gradient steps between logs; ``None`` for no logs
+    :param progress_bar: show a progress bar
     :param interval: gradient steps between updates of the target network
     """
     environment_steps, first = model.num_timesteps, model._n_updates
@@ -59,14 +57,20 @@ def learn(
     callback = model._init_callback(callback, progress_bar=False)
     watched = not is_noop(callback)
     bar = _progress_bar(model, first + gradient_steps) if progress_bar else None
-    # What callbacks see, as from learn()
-    seen: dict[str, Any] = {"self": model, "total_timesteps": first + gradient_steps, "log_interval": log_interval}
-    begin, done, going_on = time.monotonic(), 0, True
+    # The local variables that callbacks see, as in learn()
+    callback_locals: dict[str, Any] = {
+        "self": model,
+        "total_timesteps": first + gradient_steps,
+        "log_interval": log_interval,
+    }
+    start, done, continue_training = time.monotonic(), 0, True
     model._update_current_progress_remaining(0, max(gradient_steps, 1))
     try:
-        callback.on_training_start(seen, globals())
-        while going_on and done < gradient_steps:
-            steps = 1 if watched else min(_STEPS_AT_ONCE, gradient_steps - done, interval - model._n_updates % interval)
+        callback.on_training_start(callback_locals, globals())
+        while continue_training and done < gradient_steps:
+            steps = (
+                1 if watched else min(_STEPS_PER_CALL, gradient_steps - done, interval - model._n_updates % interval)
+            )
             if log_interval is not None:
                 steps = min(steps, log_interval - done % log_interval)
             model.train(gradient_steps=steps, batch_size=model.batch_size)
@@ -76,12 +80,12 @@ def learn(
             if model._n_updates % interval == 0:
                 model._current_engine().update_target(model.tau)
             if watched:
-                callback.update_locals(seen)
-                going_on = callback.on_step()
+                callback.update_locals(callback_locals)
+                continue_training = callback.on_step()
             if bar is not None:
                 bar.pbar.update(steps)
             if log_interval is not None and done % log_interval == 0:
-                _log(model, done, time.monotonic() - begin)
+                _log(model, done, time.monotonic() - start)
         callback.on_training_end()
     finally:
         if bar is not None:
@@ -90,14 +94,14 @@ def learn(
         model._engine_checked = False
 
 
-def _progress_bar(model: "ScratchDQN", total: int) -> ProgressBarCallback:
+def _progress_bar(model: EngineUpdates, total: int) -> ProgressBarCallback:
     bar = ProgressBarCallback()
     bar.init_callback(model)
     bar.on_training_start({"total_timesteps": total}, {})
     return bar
 
 
-def _log(model: "ScratchDQN", done: int, seconds: float) -> None:
+def _log(model: EngineUpdates, done: int, seconds: float) -> None:
     model._log_metrics()
     model.logger.record("time/updates_per_second", int(done / max(seconds, 1e-9)))
     model.logger.record("time/time_elapsed", int(seconds), exclude="tensorboard")

@@ -1,8 +1,10 @@
-"""SB3's off-policy algorithm, made to look at environments and files before it takes them.
+"""Saving, loading, pickling, and changing the environment.
 
-SB3 loads what it is given and fails half-way, with some of it in place. Here nothing changes unless all of it fits.
+SB3 applies what it loads step by step, and an error leaves a model with a part of it. Here everything is checked first:
+an error leaves the model as it was.
 """
 
+import base64
 import io
 import json
 import pickle
@@ -10,50 +12,59 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from inspect import signature
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import data_to_json, load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_scratch_dqn.common.checks import brief, check_device, check_environment, check_flag, check_same_spaces
+from sb3_scratch_dqn.algorithm.base import DQNBase
+from sb3_scratch_dqn.algorithm.parameters import check_optimizer_state, check_parameters
+from sb3_scratch_dqn.algorithm.replay_setup import adapt_replay_buffer, buffer_for_environment
+from sb3_scratch_dqn.algorithm.state import NOT_SAVED, pickled_attributes
+from sb3_scratch_dqn.common.check_spaces import check_environment, check_same_spaces
+from sb3_scratch_dqn.common.check_training import check_device
+from sb3_scratch_dqn.common.checks import check_bool, short_repr
 from sb3_scratch_dqn.common.files import (
     Path,
     check_saved_by,
-    opened,
+    open_for_reading,
     read_model_settings,
     read_pickled_replay_buffer,
     read_spaces,
 )
-from sb3_scratch_dqn.common.wrappers import plain_names, wrapped_names
+from sb3_scratch_dqn.common.wrappers import add_wrapper_prefixes, strip_wrapper_prefixes
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.archive import is_replay_archive, read_replay_archive, write_replay_buffer
+from sb3_scratch_dqn.replay.prefill import read_transitions, store_transitions
 
-Self = TypeVar("Self", bound="CheckedOffPolicyAlgorithm")
+if TYPE_CHECKING:
+    from minari import MinariDataset
+
+Self = TypeVar("Self", bound="PersistentAlgorithm")
 
 
-class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
-    """The base of ``ScratchDQN``."""
-
-    # What a saved model of this algorithm knows of itself, and models of other algorithms do not
-    own_settings: ClassVar[Iterable[str]] = ()
+class PersistentAlgorithm(DQNBase):
+    """The part of ``ScratchDQN`` that reads and writes files, and takes environments."""
 
     def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
-        """Go on in another environment, of the same spaces.
+        """Replace the environment by another one with the same spaces.
 
         :param env: the environment, or its name
-        :param force_reset: reset it before training goes on
-        :raises ValueError: if its spaces differ from the model's
-        :raises AssertionError: if it is another number of environments
+        :param force_reset: reset it before training continues
+        :raises ValueError: if its spaces differ from the model's, or it does not stack frames and ``frames=True``
+        :raises AssertionError: if the number of environments differs
         """
+        check_environment(env)
         env = self._wrap_env(maybe_make_env(env, self.verbose), self.verbose)
         check_same_spaces("env", env, self.observation_space, self.action_space)
+        buffer = buffer_for_environment(self, env)
         super().set_env(env, force_reset)
+        self.replay_buffer = buffer
 
     def set_parameters(
         self,
@@ -61,54 +72,45 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         exact_match: bool = True,
         device: th.device | str = "auto",
     ) -> None:
-        """Replace the parameters of the networks and the optimiser; if that fails, leave them as they were.
+        """Replace the parameters of the networks and the optimiser. An error leaves all of them unchanged.
 
-        :param load_path_or_dict: a saved model, or what ``get_parameters`` gave
-        :param exact_match: refuse parameters that are not just those of this model
-        :param device: where to load a saved model
-        :raises FileNotFoundError: if there is no such file
-        :raises ValueError: if objects are missing or unknown, or the file is no model
+        :param load_path_or_dict: a saved model, or the result of ``get_parameters()``
+        :param exact_match: require parameters of all objects, and no others
+        :param device: the device to load a saved model to
+        :raises FileNotFoundError: if the file does not exist
+        :raises ValueError: if objects are missing or unknown, or the file is not a model
         :raises RuntimeError: if names or shapes of parameters differ
         """
-        check_flag("exact_match", exact_match)
+        check_bool("exact_match", exact_match)
         check_device(device)
         before = deepcopy(self.get_parameters())
         given: Any = load_path_or_dict
         if not isinstance(load_path_or_dict, dict):
             read_model_settings(load_path_or_dict)
             _, given, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
-        unknown = sorted(map(str, given.keys() - before.keys()))
-        if unknown:
-            raise ValueError(f"parameters of {', '.join(unknown)} were given, but must be of {', '.join(before)}")
-        for name, state in given.items():
-            needed_keys = {"state", "param_groups"} if name.endswith("optimizer") else set()
-            if not isinstance(state, Mapping) or not needed_keys <= state.keys():
-                raise ValueError(f"parameters of {name} must be a state_dict, but are {brief(state)}")
-        missing = sorted(before.keys() - given.keys())
-        if missing and exact_match:
-            raise ValueError(f"parameters of {', '.join(missing)} are missing: pass exact_match=False to keep them")
-        # load_state_dict() of optimisers adds to their defaults, so that these do not say what a group must have
-        needed = [set(group) for group in self.policy.optimizer.param_groups]
+        check_parameters(given, before, exact_match)
+        # Not from optimizer.defaults, to which load_state_dict() adds
+        required = [set(group) for group in self.policy.optimizer.param_groups]
         try:
             self._load_parameters(given, exact_match)
-            _check_optimizer_state(self.policy.optimizer, needed)
+            check_optimizer_state(self.policy.optimizer, required)
         except Exception:
             self._load_parameters(before, exact_match=True)
             raise
 
     def _load_parameters(self, parameters: dict[str, Any], exact_match: bool) -> None:
         if "policy" in parameters:
-            self.policy.load_state_dict(wrapped_names(parameters["policy"], self.policy), strict=exact_match)
+            self.policy.load_state_dict(add_wrapper_prefixes(parameters["policy"], self.policy), strict=exact_match)
         if "policy.optimizer" in parameters:
             self.policy.optimizer.load_state_dict(parameters["policy.optimizer"])
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
-        """Return the parameters of the networks and the state of the optimiser, by the names of both.
+        """Return the state_dicts of the policy and its optimiser, by name.
 
-        Names are those without wrappers such as ``torch.compile``.
+        Parameters have the names that they have without wrappers such as ``torch.compile``.
         """
         parameters: dict[str, dict[str, Any]] = super().get_parameters()
-        return {**parameters, "policy": plain_names(parameters["policy"], self.policy)}
+        return {**parameters, "policy": strip_wrapper_prefixes(parameters["policy"], self.policy)}
 
     @classmethod
     def load(
@@ -124,15 +126,15 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
         """Load a saved model.
 
         :param path: the file, with or without its ``.zip``
-        :param env: to go on in, or its name; not needed to predict
-        :param device: where to compute
-        :param custom_objects: replacements for saved settings
-        :param print_system_info: print the versions that the model was saved with
-        :param force_reset: reset the environment before training goes on
+        :param env: the environment to continue in, or its name; not needed for predictions
+        :param device: the device to compute on
+        :param custom_objects: replacements for saved attributes, by name
+        :param print_system_info: print the versions of the libraries that the model was saved with
+        :param force_reset: reset the environment before training continues
         :param kwargs: settings to change
-        :raises FileNotFoundError: if there is no such file
-        :raises ValueError: if the file is not a whole model of this algorithm, ``env`` has other spaces than it, or a
-            setting is unknown
+        :raises FileNotFoundError: if the file does not exist
+        :raises ValueError: if the file is damaged or of another algorithm, the spaces of ``env`` differ from the
+            model's, or a setting is unknown
         """
         check_device(device)
         saved = read_model_settings(path)
@@ -142,10 +144,12 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             verbose = saved.get("verbose", 0)
             env = cls._wrap_env(maybe_make_env(env, verbose), verbose)
             check_same_spaces("env", env, *read_spaces(saved, custom_objects))
+        custom_objects = {**_objects_of_moved_modules(saved), **(custom_objects or {})}
         unknown = sorted(kwargs.keys() - saved.keys() - signature(cls).parameters.keys())
         if unknown:
-            raise ValueError(f"{unknown[0]}={kwargs[unknown[0]]!r} is no setting of {cls.__name__}")
-        # What save(exclude=...) left out gets its default from __init__, but for these, which SB3 reads before
+            raise ValueError(f"{unknown[0]}={kwargs[unknown[0]]!r} is not a setting of {cls.__name__}")
+        # Attributes that save(exclude=...) left out get their defaults from __init__, except those that SB3 reads
+        # before
         missing = {name: value for name, value in _READ_FIRST.items() if name not in saved}
         source = _with_settings(path, missing) if missing else path
         try:
@@ -155,20 +159,20 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             raise ValueError(f"path={path!r} is a damaged model file: {reason}") from error
 
     def save(self, path: Path, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
-        """Save the model: settings, counters, networks and optimiser, but not the replay buffer.
+        """Save settings, progress, networks and optimiser, but not the replay buffer.
 
-        :param path: the file; without a suffix it gets ``.zip``
-        :param exclude: names of settings to leave out; they have their defaults when the model is loaded
-        :param include: names of attributes that would be left out otherwise
-        :raises ValueError: if these are no names
+        :param path: the file; ``.zip`` is added to a path without a suffix
+        :param exclude: names of attributes to leave out; a loaded model has their defaults
+        :param include: names of attributes to save that are left out by default
+        :raises ValueError: if ``exclude`` or ``include`` is not a list of names
         """
         super().save(path, _names("exclude", exclude), _names("include", include))
 
     def save_replay_buffer(self, path: Path) -> None:
-        """Save the replay buffer: a :class:`ScratchReplayBuffer` as plain arrays, one of another class as a pickle.
+        """Save the replay buffer: a :class:`ScratchReplayBuffer` as arrays, one of another class as a pickle.
 
-        :param path: the file; without a suffix it gets ``.npz``, or ``.pkl`` for a pickle
-        :raises ValueError: if there is no buffer
+        :param path: the file; ``.npz``, or ``.pkl`` for a pickle, is added to a path without a suffix
+        :raises ValueError: if the model has no buffer
         """
         if self.replay_buffer is None:
             raise ValueError("replay_buffer=None: there is no replay buffer to save")
@@ -180,30 +184,33 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
     def load_replay_buffer(
         self, path: Path, truncate_last_traj: bool = True, *, allow_pickle: bool | None = None
     ) -> None:
-        """Load a saved replay buffer, this package's or SB3's.
+        """Load a saved replay buffer of this package or of SB3.
+
+        The model's settings, not the file, determine how steps are folded and sampled. Observations stay stored as they
+        were saved, each frame once or in full.
 
         :param path: the file, with or without its ``.npz`` or ``.pkl``
-        :param truncate_last_traj: end the last episodes in the buffer where they were cut; false if the environments
-            go on in the middle of them
-        :param allow_pickle: also load pickles, as SB3 saves them. A pickle can run any code, so trust whom it comes
-            from. By default only where ``replay_buffer_class`` is a class that saves nothing else
-        :raises FileNotFoundError: if there is no such file
-        :raises ValueError: if the file is no replay buffer, or one of other spaces or another number of environments;
-            the model keeps the buffer that it had
+        :param truncate_last_traj: end the trajectories that the file cuts off; pass False if the environments continue
+            in the middle of them
+        :param allow_pickle: also load pickles, SB3's format. Loading a pickle can run any code, so trust its source.
+            The default allows it only if ``replay_buffer_class`` is a class that is always saved as a pickle
+        :raises FileNotFoundError: if the file does not exist
+        :raises ValueError: if the file is not a replay buffer, or one with other spaces or another number of
+            environments; the model keeps its buffer
         """
-        check_flag("truncate_last_traj", truncate_last_traj)
+        check_bool("truncate_last_traj", truncate_last_traj)
         if allow_pickle is not None:
-            check_flag("allow_pickle", allow_pickle)
+            check_bool("allow_pickle", allow_pickle)
         what = f"the replay buffer in path={path!r}"
         buffer_class = self.replay_buffer_class or ScratchReplayBuffer
         foreign = buffer_class is not ScratchReplayBuffer
         if allow_pickle is None:
             allow_pickle = foreign
-        with opened(path, *((".pkl", ".npz") if foreign else (".npz", ".pkl"))) as file:
+        with open_for_reading(path, *((".pkl", ".npz") if foreign else (".npz", ".pkl"))) as file:
             buffer: ReplayBuffer
             if is_replay_archive(file):
                 if foreign:
-                    raise ValueError(f"{what} is no pickle of a {buffer_class.__name__}, as it must be")
+                    raise ValueError(f"{what} must be a pickle of a {buffer_class.__name__}")
                 assert isinstance(self.action_space, spaces.Discrete)
                 buffer = read_replay_archive(
                     file, what, self.observation_space, self.action_space, self.n_envs, self.device
@@ -216,7 +223,7 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
                     "if you trust whom it comes from, pass allow_pickle=True"
                 )
             else:
-                raise ValueError(f"{what} is no replay buffer file, or was cut short")
+                raise ValueError(f"{what} is not a replay buffer file, or is truncated")
         check_same_spaces(what, buffer, self.observation_space, self.action_space)
         if buffer.n_envs != self.n_envs:
             raise ValueError(f"{what} has n_envs={buffer.n_envs}, but must have n_envs={self.n_envs}, as the model")
@@ -227,29 +234,95 @@ class CheckedOffPolicyAlgorithm(OffPolicyAlgorithm):
             if truncate_last_traj:
                 buffer.truncate_last_trajectory()
         buffer.device = self.device
-        self.replay_buffer = buffer
+        self.replay_buffer = adapt_replay_buffer(buffer, self)
+        if truncate_last_traj:
+            self._end_trajectories()
+
+    def load_transitions(self, data: "Mapping[str, Any] | ReplayBuffer | MinariDataset | str") -> int:
+        """Add transitions from another source, such as demonstrations, to the replay buffer.
+
+        They must not be normalised. A transition that the next one does not continue counts as truncated. The
+        environments are reset when training continues.
+
+        :param data: one of
+
+            - a dict of arrays of ``N`` transitions in order: ``observations``, ``actions``, ``rewards``,
+              ``next_observations``, ``terminations``, and optionally ``truncations``, ``action_masks`` and
+              ``next_action_masks``, ``(N, A)`` each
+            - a replay buffer of SB3 or of this package
+            - a Minari data set, or the name of one on this machine (``pip install 'sb3-scratch-dqn[minari]'``)
+        :return: the number of stored transitions; with several environments, up to ``n_envs - 1`` are left out
+        :raises ValueError: if the data does not match the spaces or exceeds the buffer; nothing is stored then
+        :raises ImportError: for the name of a data set, if Minari is not installed
+        """
+        assert self.replay_buffer is not None
+        assert isinstance(self.action_space, spaces.Discrete)
+        transitions = read_transitions(data, self.observation_space, int(self.action_space.n))
+        stored = store_transitions(self.replay_buffer, transitions)
+        self._last_obs = None
+        return stored
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle or a copy of the model holds."""
+        return pickled_attributes(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle or a copy, and build what it leaves out."""
+        vars(self).update(state)
+        if "policy" in state:
+            self._make_derived()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), *NOT_SAVED]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
 
 
 def _names(name: str, value: Any) -> list[str] | None:
     if value is None:
         return None
-    # A string would be one letter after the other
+    # A string is an Iterable of its letters
     names = None if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
     if names is None or not all(isinstance(one, str) for one in names):
-        raise ValueError(f"{name}={brief(value)} must be None or a list of names of attributes")
+        raise ValueError(f"{name}={short_repr(value)} must be None or a list of names of attributes")
     return names
 
 
 _FIRST_BYTE_OF_PICKLES = b"\x80"
 
-# Settings that SB3's load() takes from the file, and their defaults
+# Modules by the names in older files, and where their classes are now
+_MOVED_MODULES = {
+    "sb3_scratch_dqn.policies": "sb3_scratch_dqn.networks.policies",
+    "sb3_scratch_dqn.noisy": "sb3_scratch_dqn.networks.noisy",
+    "sb3_scratch_dqn.heads": "sb3_scratch_dqn.values.heads",
+}
+
+
+class _MovedModulesUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(_MOVED_MODULES.get(module, module), name)
+
+
+def _objects_of_moved_modules(saved: dict[str, Any]) -> dict[str, Any]:
+    """Unpickle those attributes in a model file that refer to modules by their old names."""
+    objects = {}
+    for name, value in saved.items():
+        if isinstance(value, dict) and ":serialized:" in value:
+            pickled = base64.b64decode(value[":serialized:"])
+            if any(module.encode() in pickled for module in _MOVED_MODULES):
+                objects[name] = _MovedModulesUnpickler(io.BytesIO(pickled)).load()
+    return objects
+
+
+# Attributes that SB3's load() reads from the file before it calls __init__, with their defaults
 _READ_FIRST: dict[str, Any] = {"verbose": 0, "policy_kwargs": {}}
 
 
 def _with_settings(path: Path, more: dict[str, Any]) -> io.BytesIO:
-    """Copy a model file, which was looked at, with more settings in it."""
+    """Return a copy of a model file, already checked, with additional attributes."""
     copy = io.BytesIO()
-    with opened(path, ".zip") as file, zipfile.ZipFile(file) as source, zipfile.ZipFile(copy, "w") as target:
+    with open_for_reading(path, ".zip") as file, zipfile.ZipFile(file) as source, zipfile.ZipFile(copy, "w") as target:
         for name in source.namelist():
             content = source.read(name)
             if name == "data":
@@ -257,28 +330,3 @@ def _with_settings(path: Path, more: dict[str, Any]) -> io.BytesIO:
             target.writestr(name, content)
     copy.seek(0)
     return copy
-
-
-# What optimisers keep in the shape of a parameter, by the names that PyTorch's give it
-_SHAPED_AS_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sum")
-
-
-def _check_optimizer_state(optimizer: th.optim.Optimizer, needed: list[set[str]]) -> None:
-    """Refuse the state of another optimiser, which PyTorch's ``load_state_dict`` takes and its ``step`` falls over.
-
-    :param optimizer: with its new state
-    :param needed: names that its groups of parameters had before
-    """
-    for group, names in zip(optimizer.param_groups, needed, strict=True):
-        missing = sorted(names - group.keys())
-        if missing:
-            raise ValueError(
-                f"policy.optimizer is a {type(optimizer).__name__}, but its new state has no {missing[0]!r}"
-            )
-    for parameter, state in optimizer.state.items():
-        for name in _SHAPED_AS_PARAMETERS:
-            if isinstance(state.get(name), th.Tensor) and state[name].shape != parameter.shape:
-                raise ValueError(
-                    f"policy.optimizer has a parameter of shape {tuple(parameter.shape)}, "
-                    f"but {name!r} in its new state has {tuple(state[name].shape)}"
-                )

@@ -1,38 +1,35 @@
-"""Which replay buffer a model gets, and what becomes of one that it loads."""
+"""Builds the replay buffer of a model, and adapts loaded ones."""
 
 import warnings
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING
 
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_scratch_dqn.algorithm.conversion import PLAIN_BUFFERS, to_scratch_buffer
+from sb3_scratch_dqn.algorithm.base import DQNBase
 from sb3_scratch_dqn.algorithm.stacking import find_stacking
-from sb3_scratch_dqn.common.checks import brief
+from sb3_scratch_dqn.common.checks import short_repr
 from sb3_scratch_dqn.common.memory import available_memory
 from sb3_scratch_dqn.replay import NotStackedError, ScratchReplayBuffer, Stacking
 from sb3_scratch_dqn.replay.frames import StackedFrames
 from sb3_scratch_dqn.replay.observations import DenseObservations
 from sb3_scratch_dqn.replay.samplers import SAMPLER_SETTINGS, make_sampler
-
-if TYPE_CHECKING:
-    from sb3_scratch_dqn.algorithm.dqn import ScratchDQN
+from sb3_scratch_dqn.replay.sb3_buffers import SB3_BUFFERS, from_sb3_buffer
 
 
-def make_replay_buffer(model: "ScratchDQN", env: VecEnv | None) -> ReplayBuffer:
-    """Make the buffer that a model's settings ask for.
+def make_replay_buffer(model: DQNBase, env: VecEnv | None) -> ReplayBuffer:
+    """Build the replay buffer that a model's settings describe.
 
-    :param model: whose settings are its attributes
+    :param model: the model
     :param env: its environment
-    :raises ValueError: for a ``HerReplayBuffer`` without an environment, or ``frames=True`` with one that stacks none
+    :raises ValueError: for a ``HerReplayBuffer`` without an environment, or ``frames=True`` with one that does not
+        stack frames
     """
     buffer_class, kwargs = model.replay_buffer_class or ScratchReplayBuffer, dict(model.replay_buffer_kwargs)
     if issubclass(buffer_class, ScratchReplayBuffer):
-        kwargs.update(
-            {name: getattr(model, name) for name in ("n_steps", "gamma") if _takes(buffer_class, name)}  # subclasses
-        )
+        # A subclass may not take these
+        kwargs.update({name: getattr(model, name) for name in ("n_steps", "gamma") if _takes(buffer_class, name)})
         stacking = _stacking(model, env, kwargs.pop("frames", "auto"))
         if stacking is not None and _takes(buffer_class, "stacking"):
             kwargs["stacking"] = stacking
@@ -59,7 +56,7 @@ def make_replay_buffer(model: "ScratchDQN", env: VecEnv | None) -> ReplayBuffer:
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"replay_buffer_class={buffer_class.__name__} cannot be made with "
-            f"replay_buffer_kwargs={brief(model.replay_buffer_kwargs)}: {type(error).__name__}: {error}"
+            f"replay_buffer_kwargs={short_repr(model.replay_buffer_kwargs)}: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -68,15 +65,15 @@ def _takes(function: type, name: str) -> bool:
     return name in parameters or any(one.kind is Parameter.VAR_KEYWORD for one in parameters.values())
 
 
-def _stacking(model: "ScratchDQN", env: VecEnv | None, frames: object) -> Stacking | None:
-    """How replay is to keep frames once; ``None`` for each observation in full.
+def _stacking(model: DQNBase, env: VecEnv | None, frames: object) -> Stacking | None:
+    """Return the stacking of frames if the buffer is to keep each frame once, ``None`` if it keeps whole observations.
 
-    :param model: whose spaces and settings count
+    :param model: the model
     :param env: its environment
-    :param frames: the setting
+    :param frames: the setting ``frames``
     """
     if not isinstance(frames, bool) and not (isinstance(frames, str) and frames == "auto"):
-        raise ValueError(f"frames={brief(frames)} must be 'auto', True or False")
+        raise ValueError(f"frames={short_repr(frames)} must be 'auto', True or False")
     if frames is False or (frames == "auto" and model.optimize_memory_usage):
         return None
     stacking = None if env is None else find_stacking(env)
@@ -86,7 +83,7 @@ def _stacking(model: "ScratchDQN", env: VecEnv | None, frames: object) -> Stacki
         except NotStackedError as reason:
             if frames is True:
                 raise
-            warnings.warn(f"replay keeps each observation in full: env stacks frames, but {reason}", stacklevel=4)
+            warnings.warn(f"the replay buffer stores each observation in full: env stacks frames, but {reason}", stacklevel=4)
             return None
     elif frames is True and env is not None:
         raise ValueError(
@@ -96,13 +93,13 @@ def _stacking(model: "ScratchDQN", env: VecEnv | None, frames: object) -> Stacki
     return stacking
 
 
-def buffer_for_environment(model: "ScratchDQN", env: VecEnv) -> ReplayBuffer | None:
-    """What is to keep the transitions of a model in another environment.
+def buffer_for_environment(model: DQNBase, env: VecEnv) -> ReplayBuffer | None:
+    """Return the replay buffer for a model that continues in another environment.
 
-    :param model: whose settings are its attributes
-    :param env: the environment that it is to go on in
-    :return: the model's buffer; or, if that is empty and would be made otherwise for the environment, a new one
-    :raises ValueError: for ``frames=True`` with an environment that stacks none
+    :param model: the model
+    :param env: the new environment
+    :return: the model's buffer, or a new one if that is empty and the new environment stacks frames differently
+    :raises ValueError: for ``frames=True`` with an environment that does not stack frames
     """
     buffer = model.replay_buffer
     if type(buffer) is ScratchReplayBuffer and buffer.size() == 0:
@@ -114,10 +111,10 @@ def buffer_for_environment(model: "ScratchDQN", env: VecEnv) -> ReplayBuffer | N
 
 
 def warn_of_memory(buffer: ReplayBuffer, env: VecEnv | None) -> None:
-    """Say so if a full buffer would not fit into memory; SB3's buffers say it themselves.
+    """Warn if the full buffer would not fit into memory. SB3's own buffers warn by themselves.
 
     :param buffer: the buffer
-    :param env: the environment that it is filled from
+    :param env: the environment that fills it
     """
     if not isinstance(buffer, ScratchReplayBuffer):
         return
@@ -130,7 +127,7 @@ def warn_of_memory(buffer: ReplayBuffer, env: VecEnv | None) -> None:
     fitting = int(transitions * (held + available) / needed)
     ways = [f"lower buffer_size ({fitting:,} transitions would fit)"]
     if isinstance(store.obs_store, DenseObservations) and not buffer.optimize_memory_usage:
-        if _could_keep_frames(buffer, env):
+        if _can_keep_frames(buffer, env):
             ways.append("keep each frame once by replay_buffer_kwargs=dict(frames=True)")
         ways.append(
             "keep each observation once by optimize_memory_usage=True and "
@@ -143,7 +140,7 @@ def warn_of_memory(buffer: ReplayBuffer, env: VecEnv | None) -> None:
     )
 
 
-def _could_keep_frames(buffer: ScratchReplayBuffer, env: VecEnv | None) -> bool:
+def _can_keep_frames(buffer: ScratchReplayBuffer, env: VecEnv | None) -> bool:
     stacking = None if env is None else find_stacking(env)
     if stacking is None or buffer.stacking is not None:
         return False
@@ -154,17 +151,18 @@ def _could_keep_frames(buffer: ScratchReplayBuffer, env: VecEnv | None) -> bool:
     return True
 
 
-def adapt_replay_buffer(buffer: ReplayBuffer, model: "ScratchDQN") -> ReplayBuffer:
-    """Make a loaded buffer fold and sample as a model's settings say.
+def adapt_replay_buffer(buffer: ReplayBuffer, model: DQNBase) -> ReplayBuffer:
+    """Apply a model's n-step, discount and sampling settings to a loaded buffer.
 
-    :param buffer: this package's; or SB3's, of which a copy in this package's class is returned, unless
-        ``replay_buffer_class`` asks for another class
-    :param model: whose settings are its attributes
+    :param buffer: a buffer of this package, or of SB3. One of SB3 is copied into a :class:`ScratchReplayBuffer`, unless
+        the model has another ``replay_buffer_class``
+    :param model: the model
+    :return: the buffer, or the copy
     """
     if (model.replay_buffer_class or ScratchReplayBuffer) is not ScratchReplayBuffer:
         return buffer
-    if type(buffer) in PLAIN_BUFFERS:
-        buffer = to_scratch_buffer(buffer, model.n_steps, model.gamma)
+    if type(buffer) in SB3_BUFFERS:
+        buffer = from_sb3_buffer(buffer, model.n_steps, model.gamma)
     if isinstance(buffer, ScratchReplayBuffer):
         buffer.n_steps, buffer.gamma = model.n_steps, model.gamma
         kwargs = model.replay_buffer_kwargs

@@ -1,13 +1,13 @@
-"""Collecting experience: SB3's ``collect_rollouts``, with nothing in it that nobody needs.
+"""Rollouts: SB3's ``collect_rollouts`` without avoidable overhead.
 
-It takes the same steps in the same order, draws the same random numbers and calls callbacks as SB3 does, with the same
-local variables. What it leaves out:
+It takes the same steps in the same order, draws the same random numbers, and calls callbacks as SB3 does, with the same
+local variables. It omits
 
-- copies of what nothing else holds (``DummyVecEnv`` copies whole infos deeply, which mostly are a few numbers);
-- looks at what cannot have changed since the last step, such as whether observations have a leading axis;
-- calls of a callback that is none.
+- copies that nothing else references (``DummyVecEnv`` deep-copies the infos, which mostly hold a few numbers);
+- checks whose result cannot have changed since the last step, such as whether observations are batched;
+- calls of an empty callback.
 
-Each short cut is taken only past code that is SB3's own: a method that somebody overrides or patches is called.
+Each fast path bypasses only SB3's own code: methods that users override or patch are called.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,16 @@ from stable_baselines3.common.utils import should_collect_more_steps
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_scratch_dqn.algorithm.acting import EpsilonGreedyAlgorithm
-from sb3_scratch_dqn.common.overriding import replaced
+from sb3_scratch_dqn.common.overrides import is_overridden
 from sb3_scratch_dqn.replay.observations import Array
 
-# Actions -> observations, rewards, whether episodes ended, infos; each with a leading axis n_envs
+# Actions -> observations, rewards, dones, infos, each (n_envs, ...)
 Step = Callable[[Array], Any]
 
-# What deepcopy() would give back as it is, or as an equal that cannot change either
+# Types of which deepcopy() returns the object itself or an equal immutable one
 _IMMUTABLE = frozenset({bool, int, float, str, type(None), np.bool_, np.float32, np.float64, np.int64})
 
-# What a lean step goes past, as it was when nobody had patched it yet
+# Methods that a lean step bypasses, to detect that the class was patched
 _METHODS = {
     name: getattr(DummyVecEnv, name) for name in ("step", "step_async", "step_wait", "_save_obs", "_obs_from_buf")
 }
@@ -51,16 +51,16 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
         learning_starts: int = 0,
         log_interval: int | None = None,
     ) -> RolloutReturn:
-        """Step the environments and store what happens.
+        """Step the environments and store the transitions.
 
         :param env: the environments
-        :param callback: called at each step, and at the beginning and the end
-        :param train_freq: how many steps or episodes to take
-        :param replay_buffer: where transitions go
-        :param action_noise: not used, as actions are ``Discrete``
-        :param learning_starts: environment steps that are taken at random first
-        :param log_interval: episodes between logs; ``None`` for none
-        :return: environment steps and episodes, and whether the callback wants to go on
+        :param callback: called at the beginning, at each step, and at the end
+        :param train_freq: number of steps or episodes
+        :param replay_buffer: stores the transitions
+        :param action_noise: unused, as actions are ``Discrete``
+        :param learning_starts: environment steps with random actions before the first update
+        :param log_interval: episodes between logs; ``None`` for no logs
+        :return: the number of environment steps and episodes, and whether training continues
         """
         assert isinstance(env, VecEnv), "env must be a VecEnv"
         assert train_freq.frequency > 0, "train_freq must be at least one step or episode"
@@ -70,8 +70,8 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
             self.policy.set_training_mode(False)
         watched, n_envs = not is_noop(callback), env.num_envs
 
-        # What callbacks see, by the names that it has in SB3; those of the steps come with them
-        seen: dict[str, Any] = {
+        # The local variables that callbacks see, with SB3's names; each step adds its own
+        callback_locals: dict[str, Any] = {
             "self": self,
             "env": env,
             "callback": callback,
@@ -85,7 +85,7 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
         num_collected_steps, num_collected_episodes = 0, 0
         callback.on_rollout_start()
         self._engine_checked = self._engine_checked and not watched
-        self._choose_how_to_act()
+        self._select_fast_paths()
         self._engine_checked = False
         step, interrupts = lean_step(env), self._interrupts
         while should_collect_more_steps(train_freq, num_collected_steps, num_collected_episodes):
@@ -96,7 +96,7 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
             num_collected_steps += 1
 
             if watched:
-                seen.update(
+                callback_locals.update(
                     num_collected_steps=num_collected_steps,
                     num_collected_episodes=num_collected_episodes,
                     actions=actions,
@@ -106,23 +106,23 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
                     dones=dones,
                     infos=infos,
                 )
-                callback.update_locals(seen)
+                callback.update_locals(callback_locals)
                 if not callback.on_step():
-                    if not self._is_reference:  # SB3 forgets this step, and would go on from the observation before it
+                    if not self._is_reference:  # SB3 drops this step, and continues from the observation before it
                         self._update_info_buffer(infos, dones)
                         self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)
                     self._mid_step = False
                     return RolloutReturn(num_collected_steps * n_envs, num_collected_episodes, continue_training=False)
-                # The callback may have changed what stands in the way
-                self._choose_how_to_act()
+                # The callback may have changed which fast paths apply
+                self._select_fast_paths()
                 step = lean_step(env)
 
             self._update_info_buffer(infos, dones)
-            interrupts.held = True
+            interrupts.blocked = True
             self._store_transition(replay_buffer, buffer_actions, new_obs, rewards, dones, infos)
-            self._mid_step = interrupts.held = False
-            if interrupts.waiting is not None:
-                interrupts.release()
+            self._mid_step = interrupts.blocked = False
+            if interrupts.pending is not None:
+                interrupts.unblock()
             self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
             self._on_step()
 
@@ -135,25 +135,25 @@ class LeanRollouts(EpsilonGreedyAlgorithm):
                     if log_interval is not None and self._episode_num % log_interval == 0:
                         self.dump_logs()
             if watched:
-                seen.update(idx=idx, done=dones[idx])
+                callback_locals.update(idx=idx, done=dones[idx])
         callback.on_rollout_end()
         return RolloutReturn(num_collected_steps * n_envs, num_collected_episodes, continue_training=True)
 
 
 def is_noop(callback: BaseCallback) -> bool:
-    """Whether a callback is what SB3 makes of ``callback=None``, which nobody else holds."""
+    """Return True for the callback that SB3 creates for ``callback=None``."""
     return type(callback) is ConvertCallback and callback.callback is None
 
 
 def lean_step(env: VecEnv) -> Step:
-    """Something that does what ``env.step`` does, faster where that is possible.
+    """Return ``env.step``, or a faster equivalent for an unmodified ``DummyVecEnv``.
 
     :param env: vectorised environments
     """
     patched = any(getattr(DummyVecEnv, name) is not method for name, method in _METHODS.items())
-    if type(env) is not DummyVecEnv or env.keys != [None] or patched or replaced(env, DummyVecEnv, *_METHODS):
+    if type(env) is not DummyVecEnv or env.keys != [None] or patched or is_overridden(env, DummyVecEnv, *_METHODS):
         return env.step
-    observations = env.buf_obs[None]  # type: ignore[index]  # the key of observations that are no dict
+    observations = env.buf_obs[None]  # type: ignore[index]  # the key of observations that are not a dict
 
     def step(actions: Array) -> Any:
         env.actions = actions
@@ -173,7 +173,7 @@ def lean_step(env: VecEnv) -> Step:
 
 
 def _copied(infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What ``deepcopy`` gives."""
+    """Return an equal of ``deepcopy(infos)``."""
     for info in infos:
         for value in info.values():
             if type(value) not in _IMMUTABLE:

@@ -1,26 +1,25 @@
-"""Which settings of ScratchDQN can work, alone and beside each other."""
+"""The settings of ScratchDQN: which values each accepts, and which combinations are refused."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
+from sb3_scratch_dqn.algorithm.base import DQNBase
 from sb3_scratch_dqn.algorithm.exploration import EXPLORATION_SCHEDULES
-from sb3_scratch_dqn.common import checks
+from sb3_scratch_dqn.common import check_spaces, check_training, checks
 from sb3_scratch_dqn.engines import ENGINE_NAMES
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.samplers import SAMPLER_SETTINGS
-from sb3_scratch_dqn.values.heads import LOSSES, ValueHead, make_head
+from sb3_scratch_dqn.values.heads import ValueHead, make_head
+from sb3_scratch_dqn.values.losses import LOSSES
 from sb3_scratch_dqn.values.masks import has_masks
 from sb3_scratch_dqn.values.td import MunchausenSettings
 
-if TYPE_CHECKING:
-    from sb3_scratch_dqn.algorithm.dqn import ScratchDQN
-
-# What comes from ScratchDQN's own arguments and environment, and so not from policy_kwargs or replay_buffer_kwargs
+# Arguments that ScratchDQN passes itself, and that policy_kwargs and replay_buffer_kwargs therefore must not contain
 _GIVEN_TO_POLICIES = {"observation_space", "action_space", "lr_schedule"}
 _GIVEN_TO_BUFFERS = {
     "buffer_size",
@@ -33,7 +32,7 @@ _GIVEN_TO_BUFFERS = {
 }
 _GIVEN_TO_OWN_BUFFERS = {"n_steps", "gamma", "stacking"}
 
-# (name, value) -> the value as it is kept; raises ValueError for one that cannot work
+# (name, value) -> the value in its stored form; raises ValueError for an invalid value
 Reader = Callable[[str, Any], Any]
 
 _MISSING = object()
@@ -56,28 +55,28 @@ def _optional(read: Reader) -> Reader:
 
 
 def read_verbose(name: str, value: Any) -> int:
-    """Read how much is printed, a count or a truth value."""
+    """Read the verbosity: a whole number, or True or False."""
     return checks.check_count(name, int(value) if isinstance(value, bool) else value, minimum=0)
 
 
 def _read_seed(name: str, value: Any) -> int | None:
-    checks.check_seed(value)
+    check_training.check_seed(value)
     return None if value is None else int(value)
 
 
 def _read_train_freq(name: str, value: Any) -> TrainFreq:
-    frequency, unit = checks.parse_frequency(name, value)
+    frequency, unit = check_training.parse_frequency(name, value)
     return TrainFreq(frequency, TrainFrequencyUnit(unit))
 
 
 def _read_target_update_interval(name: str, value: Any) -> int | tuple[int, str]:
-    frequency, unit = checks.parse_frequency(name, value)
+    frequency, unit = check_training.parse_frequency(name, value)
     return frequency if unit == "step" else (frequency, unit)
 
 
 def _read_exploration_schedule(name: str, value: Any) -> Any:
     if callable(value):
-        checks.check_schedule(name, value, checks.check_fraction)
+        check_training.check_schedule(name, value, checks.check_fraction)
     else:
         checks.check_choice(name, value, EXPLORATION_SCHEDULES)
     return value
@@ -89,11 +88,11 @@ def _read_check_finite(name: str, value: Any) -> Any:
     return value
 
 
-_count, _fraction, _flag = checks.check_count, checks.check_fraction, _checked(checks.check_flag)
+_count, _fraction, _flag = checks.check_count, checks.check_fraction, _checked(checks.check_bool)
 
-# What each setting may be, whatever the others are
+# Setting -> the check of its value alone; check_settings() checks combinations
 READERS: dict[str, Reader] = {
-    "learning_rate": checks.check_learning_rate,
+    "learning_rate": check_training.check_learning_rate,
     "buffer_size": _count,
     "learning_starts": partial(_count, minimum=0),
     "batch_size": _count,
@@ -127,21 +126,21 @@ READERS: dict[str, Reader] = {
 
 
 class Setting:
-    """An attribute that refuses a value that cannot work at the moment when it is assigned.
+    """A descriptor that checks a value when it is assigned.
 
-    It has no ``__get__``, so that reading it is reading an instance's ``__dict__``, at no cost.
+    It has no ``__get__``: reading the attribute reads the instance's ``__dict__``, at no additional cost.
 
-    :param name: of the attribute
-    :param read: what the value may be
+    :param name: the name of the attribute
+    :param read: checks a value and returns its stored form
     """
 
     def __init__(self, name: str, read: Reader) -> None:
         self._name, self._read = name, read
 
-    def __set__(self, model: "ScratchDQN", value: Any) -> None:
-        """Assign.
+    def __set__(self, model: DQNBase, value: Any) -> None:
+        """Check the value and assign it.
 
-        :raises ValueError: if the value cannot work, alone or beside the other settings; then the old one stays
+        :raises ValueError: if the value is invalid, or conflicts with other settings; the old value is kept
         """
         values, name = vars(model), self._name
         before = values.get(name, _MISSING)
@@ -158,13 +157,13 @@ Class = TypeVar("Class", bound=type)
 
 
 def with_settings(cls: Class) -> Class:
-    """Make a :class:`Setting` of each of ``READERS``; decorates a class."""
+    """Class decorator that makes each name in ``READERS`` a :class:`Setting`."""
     for name, read in READERS.items():
         setattr(cls, name, Setting(name, read))
     return cls
 
 
-# Extras, and the values with which they are off
+# Settings beyond those of SB3's DQN, with the values at which they have no effect
 REFERENCE_DEFAULTS = {
     "loss": "huber",
     "exploration_schedule": "linear",
@@ -174,11 +173,8 @@ REFERENCE_DEFAULTS = {
 }
 
 
-def enabled_extras(model: "ScratchDQN") -> list[str]:
-    """List what a model has switched on that SB3's DQN does not have, as ``name=value``.
-
-    :param model: whose settings are its attributes
-    """
+def enabled_extras(model: DQNBase) -> list[str]:
+    """Return the extras that a model uses and SB3's DQN does not have, as ``name=value``."""
     names = [name for name, plain in REFERENCE_DEFAULTS.items() if getattr(model, name) != plain]
     if isinstance(model.target_update_interval, tuple):
         names.append("target_update_interval")
@@ -192,27 +188,26 @@ def enabled_extras(model: "ScratchDQN") -> list[str]:
     return found
 
 
-def check_settings(model: "ScratchDQN") -> None:
-    """Refuse the first setting of a model that cannot work, and bring all into the form that they are kept in.
+def check_settings(model: DQNBase) -> None:
+    """Check all settings of a model, and replace each by its stored form.
 
-    :param model: whose settings are its attributes
-    :raises ValueError: naming the setting, its value and what would be right
+    :raises ValueError: for the first invalid setting, with its value and what would be right
     :raises AssertionError: for an environment whose actions are not ``Discrete``
     """
     if model.env is not None:
-        checks.check_action_space(model.action_space)
+        check_spaces.check_action_space(model.action_space)
     values = vars(model)
-    for name, read in READERS.items():  # loading writes into __dict__, past Setting
+    for name, read in READERS.items():  # load() writes into __dict__, which bypasses Setting
         values[name] = read(name, values[name])
     checks.check_subclass("policy", model.policy_class, DQNPolicy)
-    checks.check_arguments("policy_kwargs", model.policy_kwargs, model.policy_class, refused=_GIVEN_TO_POLICIES)
+    checks.check_kwargs("policy_kwargs", model.policy_kwargs, model.policy_class, excluded=_GIVEN_TO_POLICIES)
     if model.replay_buffer_class is not None:
         checks.check_subclass("replay_buffer_class", model.replay_buffer_class, ReplayBuffer)
     buffer_class = model.replay_buffer_class or ScratchReplayBuffer
     own_buffer = issubclass(buffer_class, ScratchReplayBuffer)
     given = _GIVEN_TO_BUFFERS | _GIVEN_TO_OWN_BUFFERS if own_buffer else _GIVEN_TO_BUFFERS
     more = ("frames",) if own_buffer else ()
-    checks.check_arguments("replay_buffer_kwargs", model.replay_buffer_kwargs, buffer_class, refused=given, more=more)
+    checks.check_kwargs("replay_buffer_kwargs", model.replay_buffer_kwargs, buffer_class, excluded=given, extra=more)
     if model.env is not None and not own_buffer and has_masks(model.env):
         raise ValueError(
             f"replay_buffer_class={buffer_class.__name__} keeps no action masks, but env has them: "
@@ -220,7 +215,7 @@ def check_settings(model: "ScratchDQN") -> None:
         )
     for name in ("prioritized", "handle_timeout_termination"):
         if name in model.replay_buffer_kwargs:
-            checks.check_flag(f"replay_buffer_kwargs: {name}", model.replay_buffer_kwargs[name])
+            checks.check_bool(f"replay_buffer_kwargs: {name}", model.replay_buffer_kwargs[name])
     if buffer_class is ScratchReplayBuffer and not model.replay_buffer_kwargs.get("prioritized"):
         for name in SAMPLER_SETTINGS[1:]:
             if name in model.replay_buffer_kwargs:
@@ -230,7 +225,7 @@ def check_settings(model: "ScratchDQN") -> None:
     head_name = model.policy_kwargs.get("head", "expected")
     check_learning(model, make_head(head_name, model.policy_kwargs.get("head_kwargs")), head_name)
     check_exploration(model)
-    frequency, unit = checks.parse_frequency("train_freq", model.train_freq)
+    frequency, unit = check_training.parse_frequency("train_freq", model.train_freq)
     if unit == "episode" and model.n_envs > 1:
         raise ValueError(
             f"train_freq={(frequency, unit)!r} counts episodes, which needs one environment, "
@@ -238,11 +233,10 @@ def check_settings(model: "ScratchDQN") -> None:
         )
 
 
-def check_exploration(model: "ScratchDQN") -> None:
-    """Refuse settings of exploration that contradict each other.
+def check_exploration(model: DQNBase) -> None:
+    """Check the settings of exploration against each other.
 
-    :param model: whose settings are its attributes
-    :raises ValueError: naming them
+    :raises ValueError: if they conflict
     """
     if model.exploration_steps is not None and model.exploration_schedule != "linear":
         raise ValueError(
@@ -251,13 +245,13 @@ def check_exploration(model: "ScratchDQN") -> None:
         )
 
 
-def check_learning(model: "ScratchDQN", head: ValueHead, head_name: str) -> None:
-    """Refuse the first setting that cannot work with the others of those that say what is learned.
+def check_learning(model: DQNBase, head: ValueHead, head_name: str) -> None:
+    """Check the settings of the loss and the target against each other and against the policy's head.
 
-    :param model: whose settings are its attributes
-    :param head: of its policy
-    :param head_name: for the message
-    :raises ValueError: naming the setting, its value and what would be right
+    :param model: the model
+    :param head: the head of its policy
+    :param head_name: the head's name, for messages
+    :raises ValueError: for the first setting that conflicts, with its value and what would be right
     """
     for name in ("loss", "double_q", "munchausen", "engine"):
         READERS[name](name, getattr(model, name))
@@ -265,9 +259,9 @@ def check_learning(model: "ScratchDQN", head: ValueHead, head_name: str) -> None
     _check_combination(model, head, head_name)
 
 
-def _check_munchausen(model: "ScratchDQN") -> None:
+def _check_munchausen(model: DQNBase) -> None:
     kwargs = {} if model.munchausen_kwargs is None else model.munchausen_kwargs
-    checks.check_arguments("munchausen_kwargs", kwargs, MunchausenSettings)
+    checks.check_kwargs("munchausen_kwargs", kwargs, MunchausenSettings)
     tau, alpha, clip = MunchausenSettings(**kwargs)
     checks.check_number("munchausen_kwargs: tau", tau)
     checks.check_positive("munchausen_kwargs: tau", tau)
@@ -277,21 +271,21 @@ def _check_munchausen(model: "ScratchDQN") -> None:
         raise ValueError(f"munchausen_kwargs: clip={clip!r} must be at most 0: logarithms of probabilities are")
 
 
-def _check_combination(model: "ScratchDQN", head: ValueHead, head_name: str) -> None:
-    """Refuse settings that have no meaning beside each other."""
+def _check_combination(model: DQNBase, head: ValueHead, head_name: str) -> None:
+    """Check combinations of settings that have no meaning together."""
     n_steps = max(model.n_steps, checks.check_count("n_steps", model.replay_buffer_kwargs.get("n_steps", 1)))
     if model.munchausen and n_steps > 1:
         raise ValueError(
-            f"munchausen=True can not be combined with n_steps={n_steps}: "
+            f"munchausen=True cannot be combined with n_steps={n_steps}: "
             "the bonus and the entropy of the steps in between would be missing from their return"
         )
     if model.munchausen and not head.outputs_are_returns:
         raise ValueError(
-            f"munchausen=True can not be combined with head={head_name!r}: it shifts and averages returns, "
-            "and the outputs of this head are no returns but logits of probabilities"
+            f"munchausen=True cannot be combined with head={head_name!r}: it shifts and averages returns, "
+            "but the outputs of this head are logits of probabilities"
         )
     if model.loss not in head.supported_losses:
         raise ValueError(
-            f"loss={model.loss!r} can not be combined with head={head_name!r}, "
+            f"loss={model.loss!r} cannot be combined with head={head_name!r}, "
             "which learns probabilities by their cross-entropy: leave loss out"
         )

@@ -1,6 +1,6 @@
-"""What the wrappers of an environment say about frames stacked in its observations.
+"""Detects frame stacking in the wrappers of an environment.
 
-It is a guess, because further wrappers may change the observations: replay compares it with what arrives.
+Further wrappers may change the observations, so the replay buffer verifies the result against what it stores.
 """
 
 from gymnasium import spaces
@@ -11,10 +11,10 @@ from sb3_scratch_dqn.replay import Stacking
 
 
 def find_stacking(env: VecEnv) -> Stacking | None:
-    """How SB3's ``VecFrameStack`` or gymnasium's ``FrameStackObservation`` stacks what ``env`` observes.
+    """Return how SB3's ``VecFrameStack`` or gymnasium's ``FrameStackObservation`` stacks the observations of ``env``.
 
-    :param env: the environments, as a model has them
-    :return: ``None`` if they do not, or pad with observations of the user's
+    :param env: the environments, with all wrappers
+    :return: ``None`` without such a wrapper, or if it pads with an observation of the user's choice
     """
     transposer: VecTransposeImage | None = None
     while isinstance(env, VecEnvWrapper):
@@ -25,7 +25,7 @@ def find_stacking(env: VecEnv) -> Stacking | None:
         env = env.venv
     try:
         wrapped = all(env.env_is_wrapped(FrameStackObservation))
-    except (NotImplementedError, AttributeError):  # environments that are not made of Python objects
+    except (NotImplementedError, AttributeError):  # not an environment of Python objects
         return None
     if not wrapped:
         return None
@@ -38,7 +38,7 @@ def find_stacking(env: VecEnv) -> Stacking | None:
 
 
 def _axes(env: VecFrameStack, transposer: VecTransposeImage | None) -> int | dict[str, int]:
-    """The axis of the frames; the first one where channels, which were the last, are transposed."""
+    """Return the axis of the frames: the first one for images whose channels are transposed from last to first."""
     if not isinstance(env.observation_space, spaces.Dict):
         return env.stacked_obs.repeat_axis if transposer is None else 0
     transposed = [] if transposer is None else transposer.image_space_keys

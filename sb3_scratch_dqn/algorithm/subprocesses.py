@@ -1,4 +1,4 @@
-"""Environments in processes of their own, when one of these processes ends."""
+"""Detects environment processes of a ``SubprocVecEnv`` that have ended."""
 
 import os
 import signal
@@ -11,25 +11,25 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
 
-# Seconds that a process whose pipe is closed may take to end
+# Seconds to wait for a process to end after its pipe was closed
 _PATIENCE = 2.0
 
-# What a pipe raises whose other end is closed
+# Errors of a pipe whose other end is closed
 PIPE_ERRORS = (EOFError, BrokenPipeError, ConnectionError)
 
 
 def _processes(env: VecEnv | None) -> SubprocVecEnv | None:
-    """The environments in processes of their own, inside wrappers."""
+    """Return the ``SubprocVecEnv`` inside wrappers, ``None`` if there is none or it is closed."""
     while isinstance(env, VecEnvWrapper):
         env = env.venv
     return env if isinstance(env, SubprocVecEnv) and not env.closed else None
 
 
 def find_dead_environment(env: VecEnv | None) -> ChildProcessError | None:
-    """Describe the first process of a ``SubprocVecEnv`` that has ended. Call it after one of ``PIPE_ERRORS``.
+    """Return an error that describes the first environment process that has ended. Call it after ``PIPE_ERRORS``.
 
     :param env: the environments, with or without wrappers
-    :return: an error to raise; ``None`` if all processes run, or there are none
+    :return: the error to raise; ``None`` if all processes run, or ``env`` has none
     """
     envs = _processes(env)
     if envs is None:
@@ -46,10 +46,10 @@ def _message(number: int, process: Any) -> str:
     status = f"exit status {process.exitcode}"
     if process.exitcode < 0:
         status = f"signal {-process.exitcode} ({signal.Signals(-process.exitcode).name})"
-    advice = "where it raised an error, it printed that above"
+    advice = "if it raised an error, its traceback is printed above"
     if _is_forked(process):
         advice += (
-            "; start_method='fork' copies locks that threads of PyTorch may hold, so that processes hang or end: "
+            "; start_method='fork' copies locks held by threads of PyTorch, which can hang or end processes: "
             "use SubprocVecEnv(..., start_method='forkserver') or 'spawn'"
         )
     return f"env: the process of environment {number} ended with {status}; {advice}"
@@ -61,11 +61,10 @@ def _is_forked(process: Any) -> bool:
 
 @contextmanager
 def unblock_on_death(env: VecEnv | None) -> Iterator[None]:
-    """Let this process not wait for an answer of an environment whose process has ended.
+    """Context in which reading from an environment process that has ended raises one of ``PIPE_ERRORS``.
 
-    A pipe closes when all processes that have its other end have ended. A forked process has those of its siblings too,
-    so that SB3 would wait forever for one that ended. Here the pipe is shut down then, and waiting for it raises one of
-    ``PIPE_ERRORS``.
+    A pipe closes when every process that holds its other end has ended. Forked processes also hold the ends of their
+    siblings, so SB3 would wait forever for one that has ended. A thread shuts the pipe down instead.
 
     :param env: the environments, with or without wrappers
     """
@@ -89,9 +88,9 @@ def _shut_down_when_ended(envs: SubprocVecEnv, woken: int) -> None:
     waiting: list[int] = [*remotes, woken]
     while woken not in (ended := wait(waiting)):
         for sentinel in ended:
-            waiting.remove(sentinel)  # type: ignore[arg-type]  # all are numbers of files
+            waiting.remove(sentinel)  # type: ignore[arg-type]  # all are file descriptors
             remote = remotes[sentinel]
             if not remote.closed:
-                # A copy of the number, for a moment: its pipe is the same
+                # A duplicate of the file descriptor: shutting it down shuts down the pipe itself
                 with socket.socket(fileno=os.dup(remote.fileno())) as pipe:
                     pipe.shutdown(socket.SHUT_RDWR)

@@ -1,17 +1,17 @@
-"""When the target network follows the online one."""
+"""When the target network is updated."""
 
 
 def sync_is_due(interval: int | tuple[int, str], n_envs: int, calls: int, episodes: int, ended: int) -> bool:
-    """Whether the target network is to be updated after a call of ``env.step()``.
+    """Return True if the target network must be updated after a call of ``env.step()``.
 
-    :param interval: environment steps, counted over all environments as in SB3; or episodes, as ``(10, "episode")``
-    :param n_envs: environment steps in one call
-    :param calls: calls of ``env.step()`` so far, this one included
-    :param episodes: episodes finished so far, those that this call ended included
+    :param interval: environment steps over all environments, as in SB3; or episodes, as ``(10, "episode")``
+    :param n_envs: environment steps per call
+    :param calls: calls of ``env.step()`` so far, including this one
+    :param episodes: episodes finished so far, including those that this call ended
     :param ended: episodes that this call ended
     """
     if not isinstance(interval, tuple | list):
         return calls % max(interval // n_envs, 1) == 0
     frequency, _ = interval
-    # Several environments may take the count past a multiple in one call
+    # With several environments one call may pass a multiple of the interval
     return episodes // frequency > (episodes - ended) // frequency

@@ -1,7 +1,7 @@
-"""Reading what was saved, refusing what is no such file, and writing files whole or not at all.
+"""Read saved models and replay buffers, and write files atomically.
 
-Every error of reading but a missing file is a :class:`ValueError` of one sentence that names the path and what is wrong
-with it. Every error of writing is an :class:`OSError` that names the path.
+Reading raises a :class:`ValueError` of one sentence that names the path and what is wrong with the file, or
+:class:`FileNotFoundError`. Writing raises an :class:`OSError` that names the path.
 """
 
 import errno
@@ -21,7 +21,7 @@ from typing import IO, Any
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import json_to_data, open_path
 
-from sb3_scratch_dqn.common.checks import Space
+from sb3_scratch_dqn.common.check_spaces import Space
 
 try:
     import fcntl
@@ -31,17 +31,18 @@ except ImportError:  # Windows has no such locks
 Path = str | pathlib.Path | io.BufferedIOBase
 
 # Settings without which no model can be loaded
-_EVERY_MODEL = ("policy_class", "observation_space", "action_space")
+_REQUIRED_SETTINGS = ("policy_class", "observation_space", "action_space")
 
 
 def read_model_settings(path: Path) -> dict[str, Any]:
-    """Read the settings in a model file of SB3's format, and refuse a file that is none, or not a whole one.
+    """Read the settings in a model file of SB3's format, and verify the checksums of the whole file.
 
-    :param path: a path, with or without its ``.zip``, or an open file
-    :return: the settings as JSON has them: nothing is unpickled
+    :param path: a path, with or without ``.zip``, or an open file
+    :return: the settings as JSON stores them: nothing is unpickled
     :raises FileNotFoundError: if there is no such file
+    :raises ValueError: if the file is not a model file, is truncated or damaged
     """
-    file = _open(path, "zip")
+    file = _open_model_file(path)
     damaged = None
     settings: Any = {}
     try:
@@ -50,35 +51,35 @@ def read_model_settings(path: Path) -> dict[str, Any]:
             if damaged is None:
                 settings = json.loads(archive.read("data"))
     except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
-        # A file that was cut may still be a zip file: it holds others, with an end of their own
-        raise ValueError(f"path={path!r} is no model file, or was cut short: {error}") from error
+        # A truncated file may still be a zip file: its members are zip files, each with an end record
+        raise ValueError(f"path={path!r} is not a model file, or is truncated: {error}") from error
     finally:
-        _release(file, path)
+        _close_or_rewind(file, path)
     if damaged is not None:
         raise ValueError(f"path={path!r} is a damaged model file: the checksum of {damaged!r} is wrong")
     if not isinstance(settings, dict):
-        raise ValueError(f"path={path!r} is no model file: its settings are a {type(settings).__name__}, not a dict")
+        raise ValueError(f"path={path!r} is not a model file: its settings are a {type(settings).__name__}, not a dict")
     return settings
 
 
 def policy_module(settings: dict[str, Any]) -> str | None:
-    """The module that a saved model's policy class is from."""
+    """Return the name of the module that defines the policy class of a saved model."""
     policy = settings.get("policy_class")
     module = policy.get("__module__") if isinstance(policy, dict) else None
     return module if isinstance(module, str) else None
 
 
 def check_saved_by(algorithm: str, path: Path, settings: dict[str, Any], own_settings: Iterable[str]) -> None:
-    """Refuse a model of another algorithm.
+    """Raise ValueError unless an algorithm saved this model.
 
-    :param algorithm: the algorithm that is to load it
-    :param path: where the model is
-    :param settings: as :func:`read_model_settings` read them there
-    :param own_settings: what such a model knows of itself, and models of other algorithms do not
+    :param algorithm: the algorithm that will load it
+    :param path: of the model file
+    :param settings: from :func:`read_model_settings`
+    :param own_settings: settings that only this algorithm saves
     """
-    missing = [name for name in _EVERY_MODEL if name not in settings]
+    missing = [name for name in _REQUIRED_SETTINGS if name not in settings]
     if missing:
-        raise ValueError(f"path={path!r} is no whole model file: its settings have no {missing[0]!r}")
+        raise ValueError(f"path={path!r} is not a complete model file: its settings have no {missing[0]!r}")
     # One of them is enough: save(exclude=...) may have left others out
     if not any(name in settings for name in own_settings):
         raise ValueError(
@@ -88,9 +89,9 @@ def check_saved_by(algorithm: str, path: Path, settings: dict[str, Any], own_set
 
 
 def read_spaces(settings: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> tuple[Space, Space]:
-    """Unpickle the observation space and the action space among the settings of a model file.
+    """Unpickle the observation space and the action space in the settings of a model file.
 
-    :param settings: as :func:`read_model_settings` read them
+    :param settings: from :func:`read_model_settings`
     :param custom_objects: replacements for saved settings
     """
     names = ("observation_space", "action_space")
@@ -99,93 +100,94 @@ def read_spaces(settings: dict[str, Any], custom_objects: dict[str, Any] | None 
 
 
 def read_pickled_replay_buffer(file: Any, what: str) -> ReplayBuffer:
-    """Read a pickled replay buffer, which runs whatever the pickle says.
+    """Read a pickled replay buffer. Unpickling can execute arbitrary code.
 
     :param file: an open file
-    :param what: what it is called in messages
+    :param what: name of the file in messages
+    :raises ValueError: if the file is not a pickle of a replay buffer
     """
     try:
         buffer = pickle.load(file)
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{what} is no replay buffer file, or was cut short: {error}") from error
+        raise ValueError(f"{what} is not a replay buffer file, or is truncated: {error}") from error
     if not isinstance(buffer, ReplayBuffer):
         raise ValueError(f"{what} must hold a ReplayBuffer, but holds a {type(buffer).__name__}")
     return buffer
 
 
 @contextmanager
-def opened(path: Any, *suffixes: str) -> Iterator[Any]:
-    """A file that is open for reading, and closed afterwards if it was not open before.
+def open_for_reading(path: Any, *suffixes: str) -> Iterator[Any]:
+    """Open a binary file for reading, and close it afterwards; an open file stays open, and its position is restored.
 
-    :param path: a path, or an open file, which is left where it was
-    :param suffixes: to try, in this order, if there is no such file and the path has none
+    :param path: a path, or an open file
+    :param suffixes: appended to a path that does not exist, in this order, until a file is found
     :raises FileNotFoundError: if there is no such file
     """
     if isinstance(path, str | pathlib.Path):
-        places = [pathlib.Path(path), *(pathlib.Path(f"{path}{suffix}") for suffix in suffixes)]
-        place = next((place for place in places if place.is_file()), places[0])
-        with open(place, "rb") as file:
+        candidates = [pathlib.Path(path), *(pathlib.Path(f"{path}{suffix}") for suffix in suffixes)]
+        existing = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+        with open(existing, "rb") as file:
             yield file
         return
     if not isinstance(path, io.BufferedIOBase):
         raise ValueError(f"path={path!r} must be a path or an open binary file")
-    begin = path.tell()
+    position = path.tell()
     try:
         yield path
     finally:
-        path.seek(begin)
+        path.seek(position)
 
 
 @contextmanager
 def atomic_write(path: str | pathlib.Path) -> Iterator[IO[bytes]]:
-    """A new file, open for writing, that takes the place of another one when all of it is written.
+    """Open a temporary file for writing, and rename it to ``path`` when it is complete.
 
-    It lies beside its place until then, so that a crash leaves the earlier file whole. Files that interrupted processes
-    left there are removed first. A symbolic link stays, and its target is replaced. An earlier file hands its
-    permissions on. A device or a pipe cannot be replaced, and is written to.
+    The temporary file is in the same folder, so that a crash leaves an existing file intact. Temporary files of
+    interrupted processes are removed first. A symbolic link is kept, and its target is replaced. The new file gets the
+    permissions of an existing one. A device or a pipe cannot be replaced, and is written to directly.
 
-    :param path: where the file is to be; its folder is made if there is none
-    :raises OSError: if it cannot be written; the error names the path, and no temporary file stays behind
+    :param path: of the file; its folder is created if necessary
+    :raises OSError: if the file cannot be written; the error names ``path``, and the temporary file is removed
     """
     try:
-        earlier = _status(path)
-        if earlier is not None and stat.S_ISDIR(earlier.st_mode):
+        existing = _stat(path)
+        if existing is not None and stat.S_ISDIR(existing.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if earlier is not None and not stat.S_ISREG(earlier.st_mode):
+        if existing is not None and not stat.S_ISREG(existing.st_mode):
             with open(path, "wb") as device:
                 yield device
             return
-        place = pathlib.Path(os.path.realpath(path))
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(place)
-        mode = None if earlier is None else stat.S_IMODE(earlier.st_mode)
-        # A user who may not read the earlier file must not be able to read the new one while it is written
-        file, beside = _create_beside(place, 0o666 if mode is None else mode | stat.S_IRUSR | stat.S_IWUSR)
+        target = pathlib.Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale_temporaries(target)
+        mode = None if existing is None else stat.S_IMODE(existing.st_mode)
+        # A user who may not read the existing file must not be able to read the new one while it is written
+        file, temporary = _create_temporary(target, 0o666 if mode is None else mode | stat.S_IRUSR | stat.S_IWUSR)
         try:
             with file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
                 if mode is not None and stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:
-                    os.chmod(beside, mode)
-                if fcntl is None:  # Windows cannot move an open file
+                    os.chmod(temporary, mode)
+                if fcntl is None:  # Windows cannot rename an open file
                     file.close()
-                os.replace(beside, place)  # closing the file would unlock it, so it is still open
+                os.replace(temporary, target)  # before the file is closed, because closing releases the lock
         except BaseException:
             with suppress(OSError):
-                beside.unlink()
+                temporary.unlink()
             raise
-        _sync_folder(place.parent)
+        _sync_folder(target.parent)
     except OSError as error:
-        raise _about(path, error) from error
+        raise _name_path(path, error) from error
 
 
-def remove_leftover(path: pathlib.Path) -> None:
-    """Remove a temporary file, if there is one, unless :func:`atomic_write` is still writing it.
+def remove_stale_temporary(path: pathlib.Path) -> None:
+    """Remove a temporary file if it exists, unless :func:`atomic_write` is still writing it.
 
     :param path: the temporary file
     """
-    # What cannot be removed must not keep anything from being written
+    # A stale file that cannot be removed must not prevent writing
     with suppress(OSError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return
@@ -200,34 +202,34 @@ def remove_leftover(path: pathlib.Path) -> None:
             os.close(handle)
 
 
-def _status(path: str | pathlib.Path) -> os.stat_result | None:
+def _stat(path: str | pathlib.Path) -> os.stat_result | None:
     try:
         return os.stat(path)
     except FileNotFoundError:
         return None
 
 
-def _remove_leftovers(place: pathlib.Path) -> None:
-    # An earlier version made these files with tempfile.mkstemp(), without .tmp
-    name = re.compile(re.escape(f".{place.name}.") + r"[a-z0-9_]{8}(\.tmp)?")
+def _remove_stale_temporaries(target: pathlib.Path) -> None:
+    # Names without .tmp are from an earlier version, which used tempfile.mkstemp()
+    pattern = re.compile(re.escape(f".{target.name}.") + r"[a-z0-9_]{8}(\.tmp)?")
     with suppress(OSError):  # a process may be able to write to a folder that it cannot list
-        for one in place.parent.iterdir():
-            if name.fullmatch(one.name):
-                remove_leftover(one)
+        for path in target.parent.iterdir():
+            if pattern.fullmatch(path.name):
+                remove_stale_temporary(path)
 
 
-def _create_beside(place: pathlib.Path, mode: int) -> tuple[IO[bytes], pathlib.Path]:
+def _create_temporary(target: pathlib.Path, mode: int) -> tuple[IO[bytes], pathlib.Path]:
     while True:
-        beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+        path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         # tempfile.mkstemp() ignores the umask, which a process cannot read without changing it for all threads
         # The caller closes it
-        file = open(beside, "xb", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115
+        file = open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115
         if fcntl is not None:
-            with suppress(OSError):  # a file system without locks; no process removes a file there
+            with suppress(OSError):  # a file system without locks, where no process removes temporary files
                 fcntl.flock(file, fcntl.LOCK_EX)
-        if beside.exists():
-            return file, beside
-        file.close()  # another process removed it as left behind before it was locked
+        if path.exists():
+            return file, path
+        file.close()  # another process removed the file as stale before it was locked
 
 
 def _sync_folder(folder: pathlib.Path) -> None:
@@ -239,21 +241,21 @@ def _sync_folder(folder: pathlib.Path) -> None:
             os.close(handle)
 
 
-def _about(path: str | pathlib.Path, error: OSError) -> OSError:
-    """An error that names a path, and not a temporary file or nothing at all."""
+def _name_path(path: str | pathlib.Path, error: OSError) -> OSError:
+    """Return an error that names ``path`` instead of the temporary file or nothing."""
     if error.errno is None:
         return OSError(f"{str(path)!r} could not be written: {error}")
-    return OSError(error.errno, error.strerror, str(path))  # of the subclass that goes with the number
+    return OSError(error.errno, error.strerror, str(path))  # Python chooses the subclass by the number
 
 
-def _open(path: Any, suffix: str) -> Any:
+def _open_model_file(path: Any) -> Any:
     if not isinstance(path, str | pathlib.Path | io.BufferedIOBase):
         raise ValueError(f"path={path!r} must be a path or an open binary file")
-    return open_path(path, "r", suffix=suffix)
+    return open_path(path, "r", suffix="zip")
 
 
-def _release(file: Any, path: Path) -> None:
-    # A file that the caller opened stays open, and is read again
+def _close_or_rewind(file: Any, path: Path) -> None:
+    # The caller reads an open file again
     if isinstance(path, str | pathlib.Path):
         file.close()
     else:

@@ -1,7 +1,7 @@
-"""Ctrl-C between environment steps, never in the middle of writing one down.
+"""Delay SIGINT (Ctrl-C) while a transition is written to the replay buffer.
 
-A ``KeyboardInterrupt`` may come between any two instructions. If it came while a transition is written into replay,
-half of the transition would stay there.
+A ``KeyboardInterrupt`` can be raised between any two instructions. While a transition is being written, it would leave
+half of it in the buffer.
 """
 
 import signal
@@ -11,20 +11,20 @@ from typing import Any
 
 
 class Interrupts:
-    """A context in which SIGINT is handled at once, except while ``held`` is true: then by :meth:`release`.
+    """A context in which SIGINT is handled at once, except while ``blocked`` is true: then :meth:`unblock` handles it.
 
-    ``waiting`` is not ``None`` if one came meanwhile. The context does nothing outside of the main thread, where Python
-    handles no signals, and where SIGINT is not handled by a Python function. The handler of before is called, and put
-    back in the end.
+    ``pending`` is not ``None`` if SIGINT arrived while it was blocked. The context does nothing outside of the main
+    thread, where Python handles no signals, and where the handler of SIGINT is not a Python function. It calls the
+    handler that was installed when the context was entered, and restores it on exit.
     """
 
     def __init__(self) -> None:
-        self.held = False
-        self.waiting: tuple[int, FrameType | None] | None = None
+        self.blocked = False
+        self.pending: tuple[int, FrameType | None] | None = None
         self._handler: Any = None
 
     def __enter__(self) -> "Interrupts":
-        """Take the place of the handler."""
+        """Install the handler."""
         handler = signal.getsignal(signal.SIGINT)
         if threading.current_thread() is threading.main_thread() and callable(handler):
             self._handler = handler
@@ -32,20 +32,20 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Put the handler back, unless another one has taken the place of this one."""
+        """Restore the original handler, unless another one was installed since."""
         if self._handler is not None and signal.getsignal(signal.SIGINT) == self._handle:
             signal.signal(signal.SIGINT, self._handler)
-        self.release()
+        self.unblock()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.held:
-            self.waiting = number, frame
+        if self.blocked:
+            self.pending = number, frame
         else:
             self._handler(number, frame)
 
-    def release(self) -> None:
-        """Handle from now on, first what came while it was held."""
-        self.held = False
-        if self.waiting is not None:
-            waiting, self.waiting = self.waiting, None
-            self._handler(*waiting)
+    def unblock(self) -> None:
+        """Stop blocking, and handle a pending SIGINT."""
+        self.blocked = False
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self._handler(*pending)

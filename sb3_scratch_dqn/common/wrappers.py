@@ -1,53 +1,56 @@
-"""Names of parameters of modules that lie inside wrappers.
+"""Parameter names of wrapped modules.
 
-``torch.compile(module)`` and ``torch.nn.DataParallel(module)`` return a module that holds the other one, and the names
-of all parameters get its name in front. A saved model must not depend on that: it is loaded without the wrapper.
+``torch.compile(module)`` and ``torch.nn.DataParallel(module)`` return a module that contains the original one and
+prefixes all of its parameter names. A saved model must not contain these prefixes, since it is loaded without the
+wrapper.
 """
 
 from typing import TypeVar
 
 from torch import nn
 
-# Names by which wrappers hold the module: of what torch.compile returns, and of those for several devices
+# Attribute that holds the original module: in the result of torch.compile, and in wrappers for several devices
 _COMPILED, _PARALLEL = "_orig_mod", "module"
 _PARALLEL_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 Value = TypeVar("Value")
 
 
-def _plain_name_of_each(module: nn.Module) -> dict[str, str]:
-    """Names in a ``state_dict``, and what they would be without wrappers."""
-    plain = {name: name for name in module.state_dict()}
-    wrapped = []
+def _unwrapped_names(module: nn.Module) -> dict[str, str]:
+    """Map each name in ``module.state_dict()`` to the name that it has without wrappers."""
+    unwrapped = {name: name for name in module.state_dict()}
+    wrappers = []
     for name, part in module.named_modules(remove_duplicate=False):
-        held = _COMPILED if _COMPILED in part._modules else _PARALLEL if isinstance(part, _PARALLEL_WRAPPERS) else None
-        if held is not None:
-            wrapped.append((name, held))
-    for name, held in reversed(wrapped):  # from the inside, so that the names of outer wrappers still fit
-        outside = f"{name}." if name else ""
-        inside = f"{outside}{held}."
-        plain = {
-            key: outside + value.removeprefix(inside) if value.startswith(inside) else value
-            for key, value in plain.items()
+        attribute = (
+            _COMPILED if _COMPILED in part._modules else _PARALLEL if isinstance(part, _PARALLEL_WRAPPERS) else None
+        )
+        if attribute is not None:
+            wrappers.append((name, attribute))
+    for name, attribute in reversed(wrappers):  # innermost first, so that the prefixes of outer wrappers still match
+        outer = f"{name}." if name else ""
+        inner = f"{outer}{attribute}."
+        unwrapped = {
+            key: outer + value.removeprefix(inner) if value.startswith(inner) else value
+            for key, value in unwrapped.items()
         }
-    return plain
+    return unwrapped
 
 
-def plain_names(state: dict[str, Value], module: nn.Module) -> dict[str, Value]:
-    """Name the entries of a ``state_dict`` of a module as they were named without wrappers.
+def strip_wrapper_prefixes(state: dict[str, Value], module: nn.Module) -> dict[str, Value]:
+    """Rename the entries of a ``state_dict`` to the names that they have without wrappers.
 
-    :param state: by the names that the module has for them
-    :param module: which may lie, or have parts that lie, inside wrappers
+    :param state: keyed by the parameter names of ``module``
+    :param module: may be a wrapper or contain some
     """
-    plain = _plain_name_of_each(module)
-    return {plain.get(name, name): value for name, value in state.items()}
+    unwrapped = _unwrapped_names(module)
+    return {unwrapped.get(name, name): value for name, value in state.items()}
 
 
-def wrapped_names(state: dict[str, Value], module: nn.Module) -> dict[str, Value]:
-    """Undo :func:`plain_names`.
+def add_wrapper_prefixes(state: dict[str, Value], module: nn.Module) -> dict[str, Value]:
+    """Undo :func:`strip_wrapper_prefixes`.
 
-    :param state: by the names that there are without wrappers
-    :param module: which is to load it
+    :param state: keyed by the names without wrappers
+    :param module: the module that will load the state
     """
-    wrapped = {plain: name for name, plain in _plain_name_of_each(module).items()}
+    wrapped = {unwrapped: name for name, unwrapped in _unwrapped_names(module).items()}
     return {wrapped.get(name, name): value for name, value in state.items()}

@@ -1,14 +1,14 @@
-"""How an update is executed.
+"""How an update is executed: engines take gradient steps and select greedy actions.
 
-- ``choose``: which engine serves a configuration
-- ``eager``: SB3's numbers, to the last bit; every other engine is compared with it
-- ``fused``: on the CPU in few calls, by hand or around autograd
-- ``cuda``: whole updates as single launches on a GPU
-- ``update``: what the last update looked like
-- ``watch``: changes to a policy that an engine does not see
+- ``choose``: the interface of an engine, and the selection of one for a configuration
+- ``eager``: plain PyTorch; SB3's numbers to the last bit, the reference for every other engine
+- ``fused``: few calls per update on the CPU, with gradients by hand or by autograd
+- ``cuda``: whole updates as CUDA graphs
+- ``update``: outputs, target and gradient norm of the last update
+- ``modifications``: detection of modifications, hooks and patches that an engine would bypass
 """
 
 from sb3_scratch_dqn.engines.choose import ENGINE_NAMES, Engine, choose_engine, find_engine
-from sb3_scratch_dqn.engines.cuda.recording import CaptureError
+from sb3_scratch_dqn.engines.cuda.capture import CaptureError
 
 __all__ = ["ENGINE_NAMES", "CaptureError", "Engine", "choose_engine", "find_engine"]

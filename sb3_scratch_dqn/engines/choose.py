@@ -1,4 +1,4 @@
-"""Which engine executes the updates."""
+"""The interface of an engine, and the selection of one for a configuration."""
 
 from typing import Any, ClassVar, Protocol
 
@@ -13,12 +13,12 @@ from sb3_scratch_dqn.values.td import Objective
 
 
 class Engine(Protocol):
-    """Takes gradient steps and chooses greedy actions; :class:`EagerEngine` says what the parameters mean.
+    """Takes gradient steps and selects greedy actions; :class:`EagerEngine` documents the parameters.
 
-    :param name: that users ask for it by; several may share one, the fastest of which is taken
-    :param title: for people
-    :param device_type: of the device that it computes on; ``None`` for any
-    :param not_by_itself: why ``"auto"`` leaves it alone even where it can serve; ``None`` if it does not
+    :param name: value of ``engine=`` that selects it; if engines share a name, the fastest supported one is used
+    :param title: name in messages
+    :param device_type: type of the device that it computes on; ``None`` for any
+    :param opt_in_reason: why ``"auto"`` never selects it, even if it supports the configuration; ``None`` if it may
     """
 
     name: ClassVar[str]
@@ -30,60 +30,63 @@ class Engine(Protocol):
     last_update: LastUpdate | None
 
     def __init__(self, policy: DQNPolicy, objective: Objective) -> None:
-        """Make one."""
+        """Create the engine; it allocates nothing until :meth:`attach`."""
 
     @classmethod
     def unsupported_reason(cls, policy: DQNPolicy, objective: Objective) -> str | None:
-        """Why this engine cannot serve; ``None`` if it can."""
+        """Return why the engine does not support this policy, or ``None`` if it does."""
 
     def attach(self) -> None:
-        """Rearrange what it wants to have elsewhere, before somebody takes views of it that are to last."""
+        """Allocate memory, and move parameters there if needed. Call before anyone stores a view of a parameter.
+
+        Further calls do nothing; the other methods call it.
+        """
 
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
         """Take ``gradient_steps`` gradient steps and return the mean loss of each."""
 
     def act(self, observation: Any, envs: Any = None) -> Any:
-        """Greedy actions in these rows of an observation, with noise in noisy layers."""
+        """Return greedy actions for these rows of an observation, with noise in noisy layers."""
 
     def update_target(self, tau: float) -> None:
-        """Let the target network follow."""
+        """Update the target network."""
 
     def is_stale(self) -> bool:
-        """Whether somebody changed the policy in a way that this engine must be made anew for."""
+        """Return True if the policy was modified such that a new engine must be created."""
 
 
-# In the order in which "auto" prefers them; the last one serves everything
+# In the order in which "auto" prefers them; the last one supports everything
 _ENGINES: tuple[type[Engine], ...] = (FusedEngine, FusedAutogradEngine, CudaGraphEngine, EagerEngine)
 ENGINE_NAMES = ("auto", *dict.fromkeys(engine.name for engine in _ENGINES))
 
 
 def choose_engine(name: str, policy: DQNPolicy, objective: Objective) -> tuple[Engine, str]:
-    """Make the engine of this name.
+    """Create the engine of this name.
 
-    :param name: one of ``ENGINE_NAMES``; ``"auto"`` takes the fastest that serves the configuration
-    :param policy: whose online network is to be trained
-    :param objective: what it is to learn
-    :return: the engine, and in a sentence why it was chosen
-    :raises ValueError: if the engine cannot serve, with the reason
+    :param name: one of ``ENGINE_NAMES``; ``"auto"`` selects the fastest that supports the configuration
+    :param policy: policy whose online network is trained
+    :param objective: what the network learns
+    :return: the engine, and a sentence that says why it was selected
+    :raises ValueError: if an explicitly selected engine does not support the configuration, with the reason
     """
-    engine, why = find_engine(name, policy, objective)
-    return engine(policy, objective), why
+    engine_class, explanation = find_engine(name, policy, objective)
+    return engine_class(policy, objective), explanation
 
 
 def find_engine(name: str, policy: DQNPolicy, objective: Objective) -> tuple[type[Engine], str]:
-    """Find the class of engine; parameters and errors as for :func:`choose_engine`."""
+    """Find the class of the engine; parameters, return value and errors as for :func:`choose_engine`."""
     reasons: list[str] = []
-    for engine in _ENGINES:
-        if name not in ("auto", engine.name):
+    for engine_class in _ENGINES:
+        if name not in ("auto", engine_class.name):
             continue
-        if name == "auto" and engine.device_type not in (None, policy.device.type):
-            continue  # nobody expects it
-        reason = engine.unsupported_reason(policy, objective)
-        if reason is None and name == "auto" and engine.opt_in_reason is not None:
-            reasons.append(f"{engine.title} {engine.opt_in_reason}")
+        if name == "auto" and engine_class.device_type not in (None, policy.device.type):
+            continue  # an engine for another device needs no explanation
+        reason = engine_class.unsupported_reason(policy, objective)
+        if reason is None and name == "auto" and engine_class.opt_in_reason is not None:
+            reasons.append(f"{engine_class.title} {engine_class.opt_in_reason}")
             continue
         if reason is None:
-            why = f"as {' and '.join(reasons)}" if reasons else "the fastest for these settings"
-            return engine, f"Using {engine.title}, {'as asked' if name == 'eager' else why}"
-        reasons.append(f"{engine.title} cannot serve: {reason}")
-    raise ValueError(f"engine={name!r} cannot be used here: {reasons[-1]}; engine='auto' takes one that can serve")
+            because = f"because {' and '.join(reasons)}" if reasons else "the fastest for these settings"
+            return engine_class, f"Using {engine_class.title}, {'as selected' if name == 'eager' else because}"
+        reasons.append(f"{engine_class.title} does not support this configuration: {reason}")
+    raise ValueError(f"engine={name!r} cannot be used here: {reasons[-1]}; engine='auto' selects one that does")

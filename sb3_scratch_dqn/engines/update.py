@@ -1,4 +1,4 @@
-"""What an engine leaves behind of its last update, for people to look at."""
+"""Outputs, target and gradient norm of the last update, for logging."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ from sb3_scratch_dqn.values.heads import ValueHead
 
 
 class LastUpdate(NamedTuple):
-    """The pieces of the last gradient step. Nothing is computed of them until somebody wants to see it.
+    """The last gradient step. Metrics are computed only when they are logged.
 
-    :param head: says what the outputs mean
-    :param outputs: what the online network said of the actions taken, ``(B, K)``
-    :param target: what it should have said, as the head has it
-    :param grad_norm: of the gradient before it was scaled down, one number
+    :param head: interprets the outputs
+    :param outputs: outputs of the online network for the actions taken, ``(B, K)``
+    :param target: target for the outputs, as ``head.backup`` returned it
+    :param grad_norm: norm of the gradient before clipping, a scalar
     """
 
     head: ValueHead
@@ -24,15 +24,15 @@ class LastUpdate(NamedTuple):
     grad_norm: th.Tensor | float
 
     def metrics(self) -> dict[str, float]:
-        """Means over the batch, by the names that they are logged under."""
+        """Return means over the mini-batch, by the names that they are logged under."""
         outputs, target = th.as_tensor(self.outputs), th.as_tensor(self.target)
-        means, target_means, spread = self.head.moments(outputs, target)
+        means, target_means, deviations = self.head.moments(outputs, target)
         metrics = {
             "train/q_mean": means.mean().item(),
             "train/target_mean": target_means.mean().item(),
             "train/td_error": (target_means - means).abs().mean().item(),
             "train/grad_norm": float(self.grad_norm),
         }
-        if spread is not None:
-            metrics["train/q_std"] = spread.mean().item()
+        if deviations is not None:
+            metrics["train/q_std"] = deviations.mean().item()
         return metrics

@@ -1,1 +1,25 @@
-"""From observations to outputs ``(B, A, K)``: features, trunk, dueling streams, noisy layers; and the policies."""
+"""How observations become outputs ``(B, A, K)``: Q-networks, noisy layers, and the policies that hold them."""
+
+from sb3_scratch_dqn.networks.adapter import ForwardNetwork, as_q_network
+from sb3_scratch_dqn.networks.implicit import ImplicitQNetwork, network_class
+from sb3_scratch_dqn.networks.noisy import NoisyLinear, noise
+from sb3_scratch_dqn.networks.policies import NETWORK_SETTINGS, CnnPolicy, DQNPolicy, MlpPolicy, MultiInputPolicy
+from sb3_scratch_dqn.networks.q_network import ActivationFactory, DuelingStreams, LinearFactory, QNetwork
+
+__all__ = [
+    "NETWORK_SETTINGS",
+    "ActivationFactory",
+    "CnnPolicy",
+    "DQNPolicy",
+    "DuelingStreams",
+    "ForwardNetwork",
+    "ImplicitQNetwork",
+    "LinearFactory",
+    "MlpPolicy",
+    "MultiInputPolicy",
+    "NoisyLinear",
+    "QNetwork",
+    "as_q_network",
+    "network_class",
+    "noise",
+]

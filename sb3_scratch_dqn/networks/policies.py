@@ -1,4 +1,4 @@
-"""The policies: an online network, its target, and the optimiser of the online one."""
+"""Policies: an online network, its optimiser, and a target network."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -9,23 +9,27 @@ from typing import Any, ClassVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from jaxtyping import Float, Int64
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from torch import nn
+from torch import Tensor, nn
 
+from sb3_scratch_dqn.common.check_spaces import check_observation
 from sb3_scratch_dqn.common.checks import (
-    brief,
-    check_arguments,
-    check_factory,
-    check_flag,
-    check_makes_module,
+    check_bool,
+    check_kwargs,
+    check_module_factory,
     check_net_arch,
-    check_not_negative,
-    check_observation,
+    check_non_negative,
+    check_subclass_or_function,
+    short_repr,
 )
+from sb3_scratch_dqn.networks.adapter import ForwardNetwork, as_q_network
+from sb3_scratch_dqn.networks.implicit import network_class
 from sb3_scratch_dqn.networks.noisy import NoisyLinear, noise
-from sb3_scratch_dqn.networks.q_network import ActivationFactory, ForwardNetwork, QNetwork, as_q_network, network_class
+from sb3_scratch_dqn.networks.q_network import ActivationFactory, QNetwork
+from sb3_scratch_dqn.replay.batch import BatchedObs
 from sb3_scratch_dqn.values.heads import ValueHead, make_head
 from sb3_scratch_dqn.values.masks import Masks, check_masks, masked_argmax
 
@@ -34,25 +38,26 @@ NETWORK_SETTINGS = ("dueling", "noisy", "noisy_sigma", "head", "head_kwargs")
 
 
 class DQNPolicy(BasePolicy):
-    """Acts greedily on an online network, and holds the target network beside it.
+    """A greedy policy on an online network, with its optimiser and its target network.
 
-    :param observation_space: what the policy sees
-    :param action_space: what it chooses from
+    :param observation_space: space of the observations
+    :param action_space: space of the actions
     :param lr_schedule: learning rate as a function of the remaining progress, 1 to 0
-    :param net_arch: widths of the hidden layers; by default ``[64, 64]``, and none behind a ``NatureCNN``
-    :param activation_fn: class of what follows every hidden layer, or a function that makes it
-    :param features_extractor_class: turns observations into features; by default the policy's own
-    :param features_extractor_kwargs: its arguments
+    :param net_arch: widths of the hidden layers; by default ``[64, 64]``, and none after a ``NatureCNN``
+    :param activation_fn: class of the activation of every hidden layer, or a function that creates it
+    :param features_extractor_class: computes features of observations; by default the policy's
+        ``default_features_extractor_class``
+    :param features_extractor_kwargs: arguments of the features extractor
     :param normalize_images: divide images by 255
-    :param optimizer_class: updates the online network
-    :param optimizer_kwargs: its arguments, all but the learning rate
+    :param optimizer_class: optimiser of the online network
+    :param optimizer_kwargs: arguments of the optimiser, without the learning rate
     :param dueling: split the network into a value and an advantage stream
-    :param noisy: layers behind the features that explore by noise; the noise is there in training and in predictions
-        that are not deterministic, so epsilon can be 0
-    :param noisy_sigma: how much noise there is to begin with
-    :param head: what the network says of an action: ``"expected"``, ``"c51"``, ``"quantile"`` or ``"iqn"``
+    :param noisy: make the layers after the features noisy. The noise is active in training and in predictions that are
+        not deterministic, so epsilon can be 0
+    :param noisy_sigma: initial standard deviation of the noise, times the square root of a layer's inputs
+    :param head: interprets the outputs of an action: ``"expected"``, ``"c51"``, ``"quantile"`` or ``"iqn"``
     :param head_kwargs: arguments of the head, listed in :mod:`sb3_scratch_dqn.values.heads`
-    :raises ValueError: for arguments that cannot work
+    :raises ValueError: for invalid arguments
     """
 
     default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
@@ -81,9 +86,9 @@ class DQNPolicy(BasePolicy):
     ) -> None:
         if features_extractor_class is None:
             features_extractor_class = self.default_features_extractor_class
-        check_flag("normalize_images", normalize_images)
-        _check_made_of("features_extractor", features_extractor_class, features_extractor_kwargs, nn.Module)
-        _check_made_of("optimizer", optimizer_class, optimizer_kwargs, th.optim.Optimizer)
+        check_bool("normalize_images", normalize_images)
+        _check_factory("features_extractor", features_extractor_class, features_extractor_kwargs, nn.Module)
+        _check_factory("optimizer", optimizer_class, optimizer_kwargs, th.optim.Optimizer)
         _check_extractor(features_extractor_class, observation_space)
         super().__init__(
             observation_space,
@@ -99,10 +104,10 @@ class DQNPolicy(BasePolicy):
         if isinstance(net_arch, np.ndarray):
             net_arch = net_arch.tolist()
         check_net_arch(net_arch)
-        check_makes_module("activation_fn", activation_fn)
-        check_flag("dueling", dueling)
-        check_flag("noisy", noisy)
-        check_not_negative("noisy_sigma", noisy_sigma)
+        check_module_factory("activation_fn", activation_fn)
+        check_bool("dueling", dueling)
+        check_bool("noisy", noisy)
+        check_non_negative("noisy_sigma", noisy_sigma)
         self.net_arch = net_arch
         self.activation_fn = activation_fn
         self.dueling = dueling
@@ -134,72 +139,74 @@ class DQNPolicy(BasePolicy):
         self.optimizer = self._make_optimizer(lr_schedule(1))
 
     def _make_optimizer(self, learning_rate: float) -> th.optim.Optimizer:
-        """Make the optimiser of the online network.
+        """Create the optimiser of the online network.
 
-        :raises ValueError: if the class and its arguments make none, or one that cannot take steps here
+        :raises ValueError: if the class and its arguments create none, or one that needs a closure
         """
         name = getattr(self.optimizer_class, "__name__", repr(self.optimizer_class))
-        made: Any = None
+        optimizer: Any = None
         try:
-            made = self.optimizer_class(
+            optimizer = self.optimizer_class(
                 self.q_net.parameters(),
-                lr=learning_rate,  # type: ignore[call-arg]  # every optimiser takes it, but not their base class
+                lr=learning_rate,  # type: ignore[call-arg]  # every optimiser accepts it, but their base class does not
                 **self.optimizer_kwargs,
             )
-        except Exception as error:  # whatever a class of users does
+        except Exception as error:  # a user's class may raise anything
             raise ValueError(
-                f"optimizer_kwargs={brief(self.optimizer_kwargs)} cannot be used by optimizer_class={name}: {error}"
+                f"optimizer_kwargs={short_repr(self.optimizer_kwargs)} cannot be used "
+                f"by optimizer_class={name}: {error}"
             ) from error
-        if not hasattr(made, "param_groups") or not callable(getattr(made, "step", None)):
-            raise ValueError(f"optimizer_class={name} must make a torch.optim.Optimizer, but made {brief(made)}")
-        if any(one.default is Parameter.empty for one in signature(made.step).parameters.values()):
-            raise ValueError(f"optimizer_class={name} computes the loss itself, by a closure, which DQN has none of")
-        optimizer: th.optim.Optimizer = made
-        return optimizer
+        if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
+            raise ValueError(
+                f"optimizer_class={name} must make a torch.optim.Optimizer, but made {short_repr(optimizer)}"
+            )
+        if any(parameter.default is Parameter.empty for parameter in signature(optimizer.step).parameters.values()):
+            raise ValueError(f"optimizer_class={name} computes the loss by a closure, but DQN calls step() without one")
+        return optimizer  # type: ignore[no-any-return]  # a class with the same methods will do
 
     def make_features_extractor(self) -> BaseFeaturesExtractor:
-        """Make a features extractor.
+        """Create a features extractor.
 
-        :raises ValueError: if the class and its arguments make none
+        :raises ValueError: if the class and its arguments create none
         """
-        made: Any = None
-        given = f"features_extractor_class={brief(self.features_extractor_class)}"
+        extractor: Any = None
+        given = f"features_extractor_class={short_repr(self.features_extractor_class)}"
         try:
-            made = super().make_features_extractor()
-        except Exception as error:  # whatever a class of users does
-            if isinstance(error, AssertionError) and str(error):  # SB3's sentences for what is no image
+            extractor = super().make_features_extractor()
+        except Exception as error:  # a user's class may raise anything
+            if isinstance(error, AssertionError) and str(error):  # SB3's message for observations that are not images
                 raise
             raise ValueError(
-                f"{given} cannot be made with features_extractor_kwargs={brief(self.features_extractor_kwargs)}: "
+                f"{given} cannot be made with features_extractor_kwargs={short_repr(self.features_extractor_kwargs)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if not isinstance(made, nn.Module) or not isinstance(getattr(made, "features_dim", None), Integral):
+        if not isinstance(extractor, nn.Module) or not isinstance(getattr(extractor, "features_dim", None), Integral):
             raise ValueError(f"{given} must make a torch.nn.Module with features_dim, the number of features")
-        return made  # type: ignore[return-value]  # a module of another class serves as well
+        return extractor  # type: ignore[return-value]  # any module with features_dim will do
 
     def make_q_net(self) -> QNetwork:
-        """Make a network with a features extractor of its own."""
+        """Create a network with its own features extractor."""
         return network_class(self.head)(**self._update_features_extractor(self.net_args)).to(self.device)
 
     def noise(self) -> AbstractContextManager[None]:
-        """A context in which the noisy layers of both networks have fresh noise."""
+        """Return a context in which the noisy layers of both networks have fresh noise."""
         return noise([*self.online_network.noisy_layers, *self.target_network.noisy_layers])
 
     @property
     def online_network(self) -> QNetwork | ForwardNetwork:
-        """``q_net``, with the methods of a :class:`QNetwork` also where users put another module in its place."""
+        """``q_net``, in an adapter if it was replaced with a module that lacks the methods of a :class:`QNetwork`."""
         return as_q_network(self.q_net, self.head)
 
     @property
     def target_network(self) -> QNetwork | ForwardNetwork:
-        """``q_net_target``, likewise."""
+        """``q_net_target``, in an adapter under the same condition."""
         return as_q_network(self.q_net_target, self.head)
 
-    def forward(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
-        """Greedy actions, ``(B,)``."""
+    def forward(self, obs: BatchedObs, deterministic: bool = True) -> Int64[Tensor, "B"]:
+        """Return greedy actions."""
         return self._predict(obs, deterministic=deterministic)
 
-    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+    def _predict(self, observation: BatchedObs, deterministic: bool = True) -> Int64[Tensor, "B"]:
         network = self.online_network
         if deterministic:
             return network._predict(observation)
@@ -216,13 +223,13 @@ class DQNPolicy(BasePolicy):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Choose greedy actions.
 
-        :param observation: one observation, or ``B`` of them
-        :param state: passed through; DQN has no memory
+        :param observation: one observation, or ``B`` observations
+        :param state: returned unchanged; DQN has no memory
         :param episode_start: not used
-        :param deterministic: without the noise of noisy layers
+        :param deterministic: disable the noise of noisy layers
         :param action_masks: true where an action is allowed, ``(A,)`` or ``(B, A)``
         :return: an action for each observation, and ``state``
-        :raises ValueError: if ``action_masks`` have another shape, or allow nothing
+        :raises ValueError: if ``action_masks`` have another shape, or allow no action
         """
         if action_masks is None:
             return super().predict(observation, state, episode_start, deterministic)
@@ -235,21 +242,18 @@ class DQNPolicy(BasePolicy):
         return (actions if vectorized else actions.squeeze(axis=0)), state
 
     def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
-        """Convert an observation, or ``B`` of them, to tensors.
+        """Convert one observation, or ``B`` observations, to tensors.
 
-        :return: ``(B, ...)``, and whether there were several
-        :raises ValueError: for what is no observation of the space
+        :return: the tensors, with a batch axis, and whether ``observation`` had it
+        :raises ValueError: if ``observation`` does not belong to the space
         """
         check_observation(observation, self.observation_space)
         if not isinstance(observation, dict):
             observation = np.asarray(observation)
         return super().obs_to_tensor(observation)
 
-    def q_values(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-        """Action values of one observation or of ``B`` of them.
-
-        :return: ``(B, A)``, with ``B = 1`` for one observation
-        """
+    def q_values(self, observation: np.ndarray | dict[str, np.ndarray]) -> Float[np.ndarray, "B A"]:
+        """Compute the action values of one observation, with ``B = 1``, or of ``B`` observations."""
         self.set_training_mode(False)
         obs, _ = self.obs_to_tensor(observation)
         with th.no_grad():
@@ -257,9 +261,9 @@ class DQNPolicy(BasePolicy):
         return values
 
     def set_training_mode(self, mode: bool) -> None:
-        """Switch batch normalisation and dropout of the online network; the target network never trains.
+        """Switch batch normalisation and dropout of the online network; the target network stays in evaluation mode.
 
-        :param mode: true to train, false to evaluate
+        :param mode: true for training, false for evaluation
         """
         self.online_network.set_training_mode(mode)
         self.training = mode
@@ -269,7 +273,7 @@ class DQNPolicy(BasePolicy):
             **super()._get_constructor_parameters(),
             "net_arch": self.net_arch,
             "activation_fn": self.activation_fn,
-            "lr_schedule": self._dummy_schedule,  # a policy that is loaded on its own does not train
+            "lr_schedule": self._dummy_schedule,  # a policy that is loaded without a model does not train
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
             "features_extractor_class": self.features_extractor_class,
@@ -282,23 +286,23 @@ class DQNPolicy(BasePolicy):
         }
 
 
-# Arguments that the policy gives to what it is made of
-_GIVEN = {"features_extractor": ("observation_space",), "optimizer": ("params", "lr")}
+# Arguments of these parts that the policy sets
+_SET_BY_POLICY = {"features_extractor": ("observation_space",), "optimizer": ("params", "lr")}
 
 
-def _check_made_of(part: str, factory: Any, kwargs: Any, base: type) -> None:
-    """Refuse a class, or its arguments, that a part of the policy cannot be made of."""
-    check_factory(f"{part}_class", factory, base)
+def _check_factory(part: str, factory: Any, kwargs: Any, base: type) -> None:
+    """Raise ValueError unless a part of the policy can be created by a class, or a function, with these arguments."""
+    check_subclass_or_function(f"{part}_class", factory, base)
     if kwargs is not None:
-        check_arguments(f"{part}_kwargs", kwargs, factory, refused=_GIVEN[part])
+        check_kwargs(f"{part}_kwargs", kwargs, factory, excluded=_SET_BY_POLICY[part])
 
 
 def _check_extractor(extractor: Any, space: spaces.Space[Any]) -> None:
-    """Refuse SB3's extractors for observations that they cannot read."""
+    """Raise ValueError if one of SB3's extractors does not support the observations."""
     is_dict = isinstance(space, spaces.Dict)
     if is_dict and extractor in (FlattenExtractor, NatureCNN):
         raise ValueError(
-            f"observations of {space} need policy='MultiInputPolicy': {extractor.__name__} reads one array"
+            f"observations of {space} need policy='MultiInputPolicy': {extractor.__name__} supports only arrays"
         )
     if not is_dict and extractor is CombinedExtractor:
         raise ValueError(
@@ -311,12 +315,18 @@ MlpPolicy = DQNPolicy
 
 
 class CnnPolicy(DQNPolicy):
-    """For images: the features come from a ``NatureCNN``; parameters as in :class:`DQNPolicy`."""
+    """A policy for images, which computes features by a ``NatureCNN``.
+
+    Parameters as in :class:`DQNPolicy`.
+    """
 
     default_features_extractor_class = NatureCNN
 
 
 class MultiInputPolicy(DQNPolicy):
-    """For ``Dict`` observations: the features of all keys side by side; parameters as in :class:`DQNPolicy`."""
+    """A policy for ``Dict`` observations, which concatenates the features of all keys.
+
+    Parameters as in :class:`DQNPolicy`.
+    """
 
     default_features_extractor_class = CombinedExtractor

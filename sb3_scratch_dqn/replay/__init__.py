@@ -1,16 +1,55 @@
-"""Replay: where transitions are kept and how updates get them."""
+"""Stores transitions, samples mini-batches of them, and reads and writes them as files."""
 
+from sb3_scratch_dqn.replay.archive import is_replay_archive, read_replay_archive, write_replay_buffer
 from sb3_scratch_dqn.replay.batch import ArrayBatch, Batch
-from sb3_scratch_dqn.replay.buffer import BatchSource, ScratchReplayBuffer, batch_source, check_sampling
-from sb3_scratch_dqn.replay.frames import NotStackedError, Stacking
+from sb3_scratch_dqn.replay.buffer import ScratchReplayBuffer
+from sb3_scratch_dqn.replay.frame_layout import NotStackedError, Stacking
+from sb3_scratch_dqn.replay.frames import StackedFrames
+from sb3_scratch_dqn.replay.observations import (
+    Array,
+    DenseObservations,
+    Observation,
+    ObservationStore,
+    SharedObservations,
+    map_observation,
+)
+from sb3_scratch_dqn.replay.prefill import Transitions, read_transitions, store_transitions
+from sb3_scratch_dqn.replay.samplers import SAMPLER_SETTINGS, PrioritizedSampler, UniformSampler, make_sampler
+from sb3_scratch_dqn.replay.sampling import Sampler
+from sb3_scratch_dqn.replay.sb3_buffers import SB3_BUFFERS, copy_other_buffer, from_sb3_buffer, to_sb3_buffer
+from sb3_scratch_dqn.replay.source import BatchSource, batch_source, check_sampling
+from sb3_scratch_dqn.replay.stores import Store
 
 __all__ = [
+    "SAMPLER_SETTINGS",
+    "SB3_BUFFERS",
+    "Array",
     "ArrayBatch",
     "Batch",
     "BatchSource",
+    "DenseObservations",
     "NotStackedError",
+    "Observation",
+    "ObservationStore",
+    "PrioritizedSampler",
+    "Sampler",
     "ScratchReplayBuffer",
+    "SharedObservations",
+    "StackedFrames",
     "Stacking",
+    "Store",
+    "Transitions",
+    "UniformSampler",
     "batch_source",
     "check_sampling",
+    "copy_other_buffer",
+    "from_sb3_buffer",
+    "is_replay_archive",
+    "make_sampler",
+    "map_observation",
+    "read_replay_archive",
+    "read_transitions",
+    "store_transitions",
+    "to_sb3_buffer",
+    "write_replay_buffer",
 ]

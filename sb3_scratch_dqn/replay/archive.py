@@ -1,7 +1,7 @@
 """Replay buffers as files of plain arrays.
 
-A file is a ZIP archive, as NumPy's ``.npz`` files are: ``header.json`` says what buffer it was, and ``NAME.npy`` holds
-each array. Nothing in it is a pickle, so that reading one runs no code.
+A file is a ZIP archive, like NumPy's ``.npz`` files: ``header.json`` has the settings of the buffer, and ``NAME.npy``
+one array each. It contains no pickles, so reading a file runs no code from it.
 """
 
 import hashlib
@@ -17,9 +17,11 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-from sb3_scratch_dqn.common.checks import Space, brief
+from sb3_scratch_dqn.common.check_spaces import Space
+from sb3_scratch_dqn.common.checks import short_repr
 from sb3_scratch_dqn.common.files import Path, atomic_write
-from sb3_scratch_dqn.replay import ScratchReplayBuffer, Stacking
+from sb3_scratch_dqn.replay.buffer import ScratchReplayBuffer
+from sb3_scratch_dqn.replay.frame_layout import Stacking
 from sb3_scratch_dqn.replay.frames import StackedFrames
 from sb3_scratch_dqn.replay.observations import Array
 from sb3_scratch_dqn.replay.samplers import PrioritizedSampler
@@ -28,16 +30,16 @@ SUFFIX = ".npz"
 
 _FORMAT, _VERSION = "sb3-scratch-dqn replay buffer", 1
 _HEADER, _ARRAY_SUFFIX = "header.json", ".npy"
-# Bounds of spaces with more numbers are told by a checksum
-_LONGEST_BOUNDS = 64
+# Bounds of spaces with more elements are stored as a checksum
+_MAX_BOUNDS = 64
 
 
 def write_replay_buffer(buffer: ScratchReplayBuffer, path: Path) -> None:
     """Write a replay buffer.
 
     :param buffer: the buffer
-    :param path: where to, or a binary file that is open for writing; a path without a suffix gets ``.npz``
-    :raises OSError: if it cannot be written; an earlier file stays whole
+    :param path: a path, which gets the suffix ``.npz`` if it has none, or a binary file that is open for writing
+    :raises OSError: if the file cannot be written; an existing file is then unchanged
     """
     arrays = buffer.store.arrays(buffer.used_rows)
     header: dict[str, Any] = {
@@ -62,46 +64,47 @@ def write_replay_buffer(buffer: ScratchReplayBuffer, path: Path) -> None:
     if isinstance(buffer.sampler, PrioritizedSampler):
         header["sampler"] = buffer.sampler.settings()
         arrays["priorities"] = buffer.sampler.tree.values[: buffer.used_rows * buffer.n_envs]
-    with _writing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(_HEADER, json.dumps(header, indent=1, default=_plain))
+    with _open_for_writing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(_HEADER, json.dumps(header, indent=1, default=_to_python))
         for name, array in arrays.items():
             with archive.open(name + _ARRAY_SUFFIX, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
 
 
 def is_replay_archive(file: IO[bytes]) -> bool:
-    """Whether a file begins as those of :func:`write_replay_buffer` do; it is read from where it was again."""
-    begin = file.tell()
+    """Return True if a file begins like those of :func:`write_replay_buffer`; the file position is restored."""
+    position = file.tell()
     magic = file.read(4)
-    file.seek(begin)
+    file.seek(position)
     return magic == b"PK\x03\x04"
 
 
 def read_replay_archive(
     file: IO[bytes], what: str, observation_space: Space, action_space: spaces.Discrete, n_envs: int, device: th.device
 ) -> ScratchReplayBuffer:
-    """Read what :func:`write_replay_buffer` wrote.
+    """Read a file of :func:`write_replay_buffer`.
 
-    :param file: where it lies
-    :param what: what it is called in messages
-    :param observation_space: that it must have been written with
-    :param action_space: likewise
-    :param n_envs: likewise
-    :param device: where sampled tensors are to go
-    :raises ValueError: if it is no such file, was cut short or damaged, or does not fit
+    :param file: the open file
+    :param what: name of the file in error messages
+    :param observation_space: required observation space
+    :param action_space: required action space
+    :param n_envs: required number of environments
+    :param device: device of sampled tensors
+    :raises ValueError: if it is not such a file, is truncated or damaged, or does not have the required spaces or
+        number of environments
     """
     header, arrays = _read(file, what)
-    for name, needed in (("observation_space", observation_space), ("action_space", action_space)):
-        its = header.get(name)
-        if not isinstance(its, dict) or _without_text(its) != _without_text(describe_space(needed)):
-            its = its.get("text") if isinstance(its, dict) else None
-            raise ValueError(f"{what} has the {name.replace('_', ' ')} {its}, but the model's is {needed}")
+    for name, required in (("observation_space", observation_space), ("action_space", action_space)):
+        stored = header.get(name)
+        if not isinstance(stored, dict) or _without_text(stored) != _without_text(describe_space(required)):
+            text = stored.get("text") if isinstance(stored, dict) else None
+            raise ValueError(f"{what} has the {name.replace('_', ' ')} {text}, but the model's is {required}")
     if header.get("n_envs") != n_envs:
         raise ValueError(f"{what} has n_envs={header.get('n_envs')}, but must have n_envs={n_envs}, as the model")
     try:
         return _restore(header, arrays, observation_space, action_space, n_envs, device)
     except (ValueError, KeyError, TypeError, ArithmeticError, MemoryError) as error:
-        raise ValueError(f"{what} does not hold together: {error}") from error
+        raise ValueError(f"{what} is inconsistent: {error}") from error
 
 
 def _restore(
@@ -130,11 +133,11 @@ def _restore(
     )
     buffer.pos, buffer.full = int(header["pos"]), bool(header["full"])
     if not 0 <= buffer.pos < buffer.buffer_size:
-        raise ValueError(f"pos={buffer.pos} lies outside of its {buffer.buffer_size} rows")
+        raise ValueError(f"pos={buffer.pos} is outside of its {buffer.buffer_size} rows")
     buffer.store.restore(arrays, buffer.used_rows, buffer.pos, int(action_space.n))
     actions = buffer.store.actions
     if len(actions) > 0 and not (actions.min() >= 0 and actions.max() < action_space.n):
-        raise ValueError(f"its array 'actions' has others than 0 to {int(action_space.n) - 1}")
+        raise ValueError(f"its array 'actions' must be in 0 to {int(action_space.n) - 1}")
     if isinstance(buffer.sampler, PrioritizedSampler):
         buffer.sampler.restore(sampler, arrays["priorities"], buffer.used_rows * n_envs)
     return buffer
@@ -153,29 +156,29 @@ def _read(file: IO[bytes], what: str) -> tuple[dict[str, Any], dict[str, Array]]
         *(zipfile.BadZipFile, zlib.error, EOFError, OSError),
         *(KeyError, ValueError, RuntimeError, NotImplementedError, MemoryError),
     ) as error:
-        raise ValueError(f"{what} is no replay buffer file, or was cut short: {error}") from error
+        raise ValueError(f"{what} is not a replay buffer file, or is truncated: {error}") from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError(f"{what} is no replay buffer file: its header does not say so")
+        raise ValueError(f"{what} is not a replay buffer file: its header does not say so")
     if header.get("version") != _VERSION:
         raise ValueError(
-            f"{what} is of version {header.get('version')!r} of the format, but this package reads {_VERSION}"
+            f"{what} has version {header.get('version')!r} of the format, but this package reads version {_VERSION}"
         )
     return header, arrays
 
 
-def _writing(path: Path) -> AbstractContextManager[IO[bytes]]:
+def _open_for_writing(path: Path) -> AbstractContextManager[IO[bytes]]:
     if isinstance(path, str | pathlib.Path):
-        place = pathlib.Path(path)
-        if not place.name:
+        file_path = pathlib.Path(path)
+        if not file_path.name:
             raise ValueError(f"path={str(path)!r} must name a file")
-        return atomic_write(place if place.suffix else place.with_suffix(SUFFIX))
+        return atomic_write(file_path if file_path.suffix else file_path.with_suffix(SUFFIX))
     if not hasattr(path, "write") or isinstance(path, io.TextIOBase):
-        raise ValueError(f"path={brief(path)} must be a path or an open binary file")
-    return nullcontext(path)  # type: ignore[arg-type]  # a file that is written needs no more than this
+        raise ValueError(f"path={short_repr(path)} must be a path or an open binary file")
+    return nullcontext(path)  # type: ignore[arg-type]  # an object with write() suffices
 
 
 def describe_space(space: Space) -> dict[str, Any]:
-    """All that tells a space from another one, as JSON has it; its ``text`` is for people alone."""
+    """Return all properties that distinguish a space from others, for JSON; ``text`` is only for messages."""
     described: dict[str, Any] = {"type": type(space).__name__, "text": str(space)}
     if isinstance(space, spaces.Dict):
         described["spaces"] = {key: describe_space(part) for key, part in space.spaces.items()}
@@ -200,14 +203,14 @@ def _without_text(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bounds(array: Array) -> list[float] | str:
-    if array.size <= _LONGEST_BOUNDS:
-        numbers: list[float] = array.reshape(-1).astype(float).tolist()
-        return numbers
+    if array.size <= _MAX_BOUNDS:
+        values: list[float] = array.reshape(-1).astype(float).tolist()
+        return values
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    """A NumPy number as JSON has it."""
+def _to_python(value: Any) -> Any:
+    """Convert a NumPy scalar for JSON."""
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{value!r} has no place in a header")
+    raise TypeError(f"{value!r} cannot be written to a header")

@@ -1,8 +1,7 @@
-"""What an update learns from.
+"""Mini-batches, the data of an update.
 
-A :class:`Batch` is the only thing the loss sees of the replay. Its leading axis ``B`` is the batch;
-``returns`` and ``discounts`` already carry the horizon and the ending, so a loss needs neither
-``gamma``, nor ``n_steps``, nor ``dones``.
+A :class:`Batch` is all that a loss gets from replay. Its leading axis ``B`` is the batch. ``returns`` and ``discounts``
+include the horizon and the termination, so a loss needs neither ``gamma``, nor ``n_steps``, nor ``dones``.
 """
 
 from collections.abc import Callable
@@ -12,41 +11,50 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch as th
-from stable_baselines3.common.type_aliases import DictReplayBufferSamples, PyTorchObs, ReplayBufferSamples
+from jaxtyping import Bool, Float, Int, Int64, Shaped
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
+from torch import Tensor
 
-from sb3_scratch_dqn.replay.observations import Array, Observation
+from sb3_scratch_dqn.replay.observations import Array
 
 Indices = npt.NDArray[np.integer[Any]]
 
+# Observations, as tensors and as arrays; for Dict spaces, a dict of them
+BatchedObs = Shaped[Tensor, "B *observation"] | dict[str, Shaped[Tensor, "B ..."]]
+ArrayObs = Shaped[np.ndarray, "B *observation"] | dict[str, Shaped[np.ndarray, "B ..."]]
+
 
 class Batch(NamedTuple):
-    """``B`` transitions, folded over one or more steps.
+    """``B`` transitions of one or more steps each.
 
-    :param observations: what was observed, ``(B, *observation_shape)``, or a dict of such tensors
-    :param actions: what was done, ``(B,)``, int64
-    :param returns: the discounted sum of the rewards of the ``k`` steps that followed, ``(B,)``
-    :param discounts: what the value of ``next_observations`` counts: ``gamma**k * (1 - terminated)``, ``(B,)``
-    :param next_observations: what was observed ``k`` steps later, shaped as ``observations``
-    :param weights: importance weights of the losses, ``(B,)``; all 1 for uniform sampling
-    :param action_masks: true where an action was allowed in ``observations``, ``(B, A)``; ``None`` if all always are
+    :param observations: observations in which the actions were taken
+    :param actions: the actions taken
+    :param returns: discounted sums of the rewards of the ``k`` steps that followed
+    :param discounts: factors of the values of ``next_observations``: ``gamma**k * (1 - terminated)``
+    :param next_observations: observations ``k`` steps later
+    :param weights: importance weights of the losses; all 1 for uniform sampling
+    :param action_masks: true where an action was allowed in ``observations``; ``None`` if all actions always are
     :param next_action_masks: the same for ``next_observations``
-    :param places: rows and environments in replay, each ``(B,)``, for giving priorities back
+    :param indices: rows and environments in replay, for updates of priorities
     """
 
-    observations: PyTorchObs
-    actions: th.Tensor
-    returns: th.Tensor
-    discounts: th.Tensor
-    next_observations: PyTorchObs
-    weights: th.Tensor
-    action_masks: th.Tensor | None = None
-    next_action_masks: th.Tensor | None = None
-    places: tuple[Indices, Indices] | None = None
+    observations: BatchedObs
+    actions: Int64[Tensor, "B"]
+    returns: Float[Tensor, "B"]
+    discounts: Float[Tensor, "B"]
+    next_observations: BatchedObs
+    weights: Float[Tensor, "B"]
+    action_masks: Bool[Tensor, "B A"] | None = None
+    next_action_masks: Bool[Tensor, "B A"] | None = None
+    indices: tuple[Int[Indices, "B"], Int[Indices, "B"]] | None = None
 
     def split(self, n_batches: int) -> "list[Batch]":
-        """Cut ``n_batches`` batches of the same size apart, which lie one behind the other.
+        """Split concatenated mini-batches into copies.
 
-        Each gets memory of its own: on some processors the last bits of a matrix product depend on where it begins.
+        The copies are separate allocations: on some processors the last bits of a matrix product depend on the
+        alignment of its operands.
+
+        :param n_batches: number of mini-batches of the same size
         """
         if n_batches == 1:
             return [self]
@@ -56,8 +64,8 @@ class Batch(NamedTuple):
             if value is None:
                 return [None] * n_batches
             if isinstance(value, dict):
-                split = {key: parts(array) for key, array in value.items()}
-                return [{key: arrays[i] for key, arrays in split.items()} for i in range(n_batches)]
+                split = {key: parts(tensor) for key, tensor in value.items()}
+                return [{key: tensors[i] for key, tensors in split.items()} for i in range(n_batches)]
             if isinstance(value, tuple):
                 return list(zip(*(np.split(array, n_batches) for array in value), strict=True))
             return [part.clone() for part in value.split(size)]
@@ -66,49 +74,49 @@ class Batch(NamedTuple):
 
 
 class ArrayBatch(NamedTuple):
-    """A :class:`Batch` that still lies in arrays, field by field."""
+    """A :class:`Batch` of arrays, field by field."""
 
-    observations: Observation
-    actions: Array
-    returns: Array
-    discounts: Array
-    next_observations: Observation
-    weights: Array
-    action_masks: Array | None = None
-    next_action_masks: Array | None = None
-    places: tuple[Indices, Indices] | None = None
+    observations: ArrayObs
+    actions: Int64[np.ndarray, "B"]
+    returns: Float[np.ndarray, "B"]
+    discounts: Float[np.ndarray, "B"]
+    next_observations: ArrayObs
+    weights: Float[np.ndarray, "B"]
+    action_masks: Bool[np.ndarray, "B A"] | None = None
+    next_action_masks: Bool[np.ndarray, "B A"] | None = None
+    indices: tuple[Int[Indices, "B"], Int[Indices, "B"]] | None = None
 
     def tensors(self, device: th.device) -> Batch:
-        """The same as tensors, on the CPU in the same memory."""
+        """Convert the arrays to tensors; on the CPU these share the arrays' memory."""
         if device.type == "cpu":
-            move: Callable[[Array], th.Tensor] = th.from_numpy
+            convert: Callable[[Array], Tensor] = th.from_numpy
         else:
-            move = partial(th.as_tensor, device=device)
+            convert = partial(th.as_tensor, device=device)
 
-        def moved(value: Any) -> Any:
+        def converted(value: Any) -> Any:
             if value is None:
                 return None
-            return {key: move(array) for key, array in value.items()} if isinstance(value, dict) else move(value)
+            return {key: convert(array) for key, array in value.items()} if isinstance(value, dict) else convert(value)
 
-        return Batch(*map(moved, self[:-1]))._replace(places=self.places)
+        return Batch(*map(converted, self[:-1]))._replace(indices=self.indices)
 
 
 def arrays_of(batch: Batch) -> ArrayBatch:
-    """A batch that lies on the CPU as arrays, in the same memory."""
+    """Convert a batch on the CPU to arrays that share its memory."""
 
     def array(value: Any) -> Any:
         if value is None:
             return None
-        return {key: one.numpy() for key, one in value.items()} if isinstance(value, dict) else value.numpy()
+        return {key: tensor.numpy() for key, tensor in value.items()} if isinstance(value, dict) else value.numpy()
 
-    return ArrayBatch(*map(array, batch[:-1]))._replace(places=batch.places)
+    return ArrayBatch(*map(array, batch[:-1]))._replace(indices=batch.indices)
 
 
 def batch_from_samples(samples: ReplayBufferSamples | DictReplayBufferSamples, gamma: float) -> Batch:
-    """Read what a replay buffer of SB3 (``HerReplayBuffer``, for instance) sampled.
+    """Convert a sample of an SB3 replay buffer, such as ``HerReplayBuffer``.
 
-    :param samples: the columns of SB3, each ``(B, 1)``
-    :param gamma: the discount of one step, used where ``samples`` has no ``discounts`` of its own
+    :param samples: columns of shape ``(B, 1)``
+    :param gamma: the discount of one step, used where ``samples`` has no ``discounts``
     """
     discounts = gamma if samples.discounts is None else samples.discounts
     return Batch(

@@ -1,4 +1,4 @@
-"""Frames that are kept beside the ring of frames, because no other observation has them or they are not all there."""
+"""Storage of frames that the ring buffer of frames does not hold."""
 
 import numpy as np
 
@@ -6,27 +6,32 @@ from sb3_scratch_dqn.replay.observations import Array, gather, resized, take_arr
 
 
 def array_name(part: str, key: str) -> str:
-    """What an array is called in a file."""
+    """Return the name of an array in a file."""
     return f"{part}/{key}" if key else part
 
 
 class FramePool:
-    """Frames of observations that lie nowhere else, each in a slot to which its row and environment point.
+    """Frames of single observations in slots, to which row and environment point.
 
     :param n_envs: number of environments
-    :param depth: frames kept of an observation, the newest ones
+    :param depth: number of frames stored of an observation: its newest ones
     :param like: arrays of frames, ``(..., n_envs, *frame_shape)``, by key
     """
 
     def __init__(self, n_envs: int, depth: int, like: dict[str, Array]) -> None:
         self.depth = depth
         self.frames = {key: np.zeros((0, depth, *array.shape[2:]), dtype=array.dtype) for key, array in like.items()}
-        self.slots = np.full((0, n_envs), -1, dtype=np.int32)  # -1: none
+        self.slots = np.full((0, n_envs), -1, dtype=np.int32)  # -1: no slot
         self.free: list[int] = []
-        self.used = 0  # slots that hold something
+        self.used = 0  # occupied slots
 
-    def keep(self, row: int, env: int, frames: dict[str, Array]) -> None:
-        """Keep an observation, ``(n_envs, k, ...)``, of this row, if it is not kept yet."""
+    def add(self, row: int, env: int, frames: dict[str, Array]) -> None:
+        """Store an observation, unless this row and environment already have one.
+
+        :param row: row of the observation
+        :param env: environment of the observation
+        :param frames: observations of all environments, ``(n_envs, k, ...)``, by key
+        """
         if self.slots[row, env] >= 0:
             return
         if not self.free:
@@ -40,8 +45,8 @@ class FramePool:
             array[slot] = frames[key][env, -self.depth :]
         self.slots[row, env] = slot
 
-    def forget(self, row: int) -> None:
-        """Let go what is kept of a row."""
+    def remove(self, row: int) -> None:
+        """Free the slots of a row."""
         if self.used > 0:
             slots = [slot for slot in self.slots[row].tolist() if slot >= 0]
             if slots:
@@ -49,31 +54,36 @@ class FramePool:
                 self.used -= len(slots)
                 self.slots[row] = -1
 
-    def put(self, window: dict[str, Array], rows: Array, envs: Array) -> None:
-        """Put what is kept of these rows over the newest frames of a window, ``(B, W, ...)`` with ``W >= depth``."""
+    def overlay(self, window: dict[str, Array], rows: Array, envs: Array) -> None:
+        """Overwrite the newest frames of a window in place where this pool stores them.
+
+        :param window: frames, ``(B, W, ...)`` with ``W >= depth``, by key
+        :param rows: ``(B,)``
+        :param envs: ``(B,)``
+        """
         slots = gather(self.slots, rows, envs)
-        kept = slots >= 0
-        if kept.any():
+        stored = slots >= 0
+        if stored.any():
             for key, frames in window.items():
-                frames[kept, -self.depth :] = self.frames[key][slots[kept]]
+                frames[stored, -self.depth :] = self.frames[key][slots[stored]]
 
     def resize(self, rows: int) -> None:
-        """Have room for pointers of this many rows."""
+        """Change the number of rows that can point to slots."""
         self.slots = resized(self.slots, rows, fill=-1)
 
     def arrays(self, name: str, rows: int) -> dict[str, Array]:
-        """All that the first rows need, for a file."""
+        """Return views of all arrays that a file of the first ``rows`` rows needs, by name, prefixed by ``name``."""
         frames = {array_name(f"{name}_frames", key): array for key, array in self.frames.items()}
         return {f"{name}_slots": self.slots[:rows], **frames}
 
     def restored(self, name: str, arrays: dict[str, Array], rows: int, depths: tuple[int, ...]) -> "FramePool":
-        """The pool that gave ``arrays``.
+        """Return a pool with the contents of the pool that was saved.
 
-        :param name: that it gave them by
-        :param arrays: the arrays
-        :param rows: that it had pointers for
-        :param depths: that it may have
-        :raises ValueError: naming an array that is missing, does not fit, or points outside another one
+        :param name: the prefix given to its :meth:`arrays`
+        :param arrays: the arrays of the file
+        :param rows: its number of rows
+        :param depths: allowed depths
+        :raises ValueError: if an array is missing, has the wrong shape or dtype, or points outside another array
         """
         pool = FramePool(self.slots.shape[1], self.depth, self.frames)
         pool.slots = take_array(arrays, f"{name}_slots", self.slots, rows)
@@ -85,13 +95,13 @@ class FramePool:
             pool.frames[key] = take_array(arrays, array_name(f"{name}_frames", key), like, n_slots)
         used = pool.slots[pool.slots >= 0]
         if len(np.unique(used)) != len(used) or used.max(initial=-1) >= (n_slots or 0):
-            raise ValueError(f"its array '{name}_slots' points to frames that there are not")
+            raise ValueError(f"its array '{name}_slots' points to missing frames")
         pool.free = sorted(set(range(n_slots or 0)) - set(used.tolist()), reverse=True)
         pool.used = len(used)
         return pool
 
     def copy(self) -> "FramePool":
-        """A pool whose changes do not reach into this one."""
+        """Return a copy that shares no memory with this pool."""
         other = FramePool(self.slots.shape[1], self.depth, self.frames)
         other.frames = {key: array.copy() for key, array in self.frames.items()}
         other.slots, other.free, other.used = self.slots.copy(), self.free.copy(), self.used

@@ -1,33 +1,30 @@
-"""Stacked observations, each frame kept once.
+"""Storage of stacked observations that stores each frame once.
 
 With frame stacking, an observation is the last ``k`` frames, and the next observation shares all but one of them.
-:class:`StackedFrames` keeps the newest frame of each observation, and builds the stacks when they are read.
+:class:`StackedFrames` stores the newest frame of each observation, and builds the stacks when they are read.
 
-Let ``t`` count the steps that were ever written; row ``t % capacity`` holds step ``t``. The frames are a ring of
-``capacity + k`` places, place ``t % (capacity + k)`` for the newest frame of step ``t``, so that the oldest row still
-has the ``k - 1`` frames before it and the newest one the frame that came next. For every row is known
+Let ``t`` count all steps written; row ``t % capacity`` holds step ``t``. The frames are another ring buffer with
+``capacity + k`` slots; slot ``t % (capacity + k)`` holds the newest frame of step ``t``. So the oldest row still has
+the ``k - 1`` frames before it, and the newest row has the frame of its next observation. Each row also has
 
-- its *age*, how many steps (at most ``k - 1``) before it the episode began: older frames are padding, as the wrapper
+- an *age*: the number of steps, at most ``k - 1``, since the episode began. Older frames are padding, as the wrapper
   makes it;
-- where the frame that came next lies, if the following row does not continue it, as after an episode's end: in a pool
-  of *last frames*. SB3 normalises the last observation of an episode and back again, which changes its last bits: that
-  pool keeps what came next whole from the first such observation on;
-- where the whole observation lies, if some of its frames were never added, as in data that begins in the middle of an
-  episode: in a pool of *whole observations*.
+- a pointer into the pool of *last frames*, if the following row does not continue this one, as after the end of an
+  episode: there is the frame of the next observation. SB3 normalises the last observation of an episode and back
+  again, which changes its last bits: from the first such observation on, that pool stores whole next observations;
+- a pointer into the pool of *whole observations*, if some of the frames were never added, as in data that begins in
+  the middle of an episode.
 
-What is written is compared, to the last bit, with what reading it would build. So nothing depends on what wrappers are
-believed to do: where observations are no stacks after all, :class:`NotStackedError` is raised before anything is
-changed.
+Every observation written is compared bit for bit with what a read would return. So no assumption about wrappers can
+corrupt data: :class:`NotStackedError` is raised before anything changes if observations are not stacks.
 """
 
-import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch as th
 from gymnasium import spaces
 
+from sb3_scratch_dqn.replay.frame_layout import FrameLayout, NotStackedError, Stacking, same_bits
 from sb3_scratch_dqn.replay.frame_pool import FramePool, array_name
 from sb3_scratch_dqn.replay.observations import (
     Array,
@@ -40,90 +37,23 @@ from sb3_scratch_dqn.replay.observations import (
     take_array,
 )
 
-# Stacks are converted in pieces when they turn out not to be ones
+# Rows converted to full observations in one call
 _CHUNK = 256
-# So many observations, and an eighth of all, may be kept whole
-_FEW = 64
+# Maximum number of whole observations, in addition to an eighth of all observations
+_MAX_WHOLE = 64
 
-
-class NotStackedError(ValueError):
-    """Observations are no stacks of frames of which each continues the one before."""
-
-
-class Stacking(NamedTuple):
-    """How observations are made of frames.
-
-    :param n_stack: frames in an observation, ``k``
-    :param axes: the axis of an observation along which its frames lie, oldest first; for ``Dict`` spaces, of each key
-    :param padding: what stands for frames before the first one of an episode: zeros, or that first one again
-    """
-
-    n_stack: int
-    axes: int | Mapping[str, int]
-    padding: Literal["zero", "first"]
-
-
-class _Layout:
-    """One array of an observation as frames, and back.
-
-    :param shape: of the array
-    :param dtype: of the array
-    :param axis: along which the frames lie
-    :param n_stack: how many there are
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], axis: int, n_stack: int) -> None:
-        self.shape = shape
-        self.dtype = dtype
-        axis %= len(shape)
-        if shape[axis] % n_stack != 0:
-            raise NotStackedError(f"{shape[axis]} numbers along axis {axis} are no {n_stack} frames")
-        before, after = shape[:axis], shape[axis + 1 :]
-        depth = shape[axis] // n_stack
-        self.split = (*before, n_stack, depth, *after)
-        self.frame_shape = (*before, depth, *after)
-        rest = [place for place in range(1, len(self.split) + 1) if place != axis + 1]
-        self._to_frames = (0, axis + 1, *rest)
-        self._to_stacks = tuple(np.argsort(self._to_frames).tolist())
-        # Frames are compared as the fewest whole numbers that hold their bits: NaN and the sign of zero count too
-        bits = math.prod(self.frame_shape) * dtype.itemsize
-        self._word = next(np.dtype(f"u{size}") for size in (8, 4, 2, 1) if bits % size == 0)
-
-    def frames(self, stacks: Array) -> Array:
-        """``(B, *shape)`` to ``(B, k, *frame_shape)``, contiguous; a view where that is possible."""
-        return np.ascontiguousarray(stacks.reshape(len(stacks), *self.split).transpose(self._to_frames))
-
-    def stacks(self, frames: Array) -> Array:
-        """``(B, k, *frame_shape)`` to ``(B, *shape)``; a view where that is possible."""
-        stacks: Array = frames.transpose(self._to_stacks).reshape(len(frames), *self.shape)
-        return stacks
-
-    def stacked_tensors(self, frames: th.Tensor) -> th.Tensor:
-        """The same for tensors."""
-        return frames.permute(self._to_stacks).reshape(len(frames), *self.shape)
-
-    def words(self, frames: Array) -> Array:
-        """The bits of contiguous frames, ``(B, k, W)``."""
-        return frames.reshape(*frames.shape[:2], -1).view(self._word)
-
-
-def _same_bits(left: Array, right: Array) -> bool:
-    """Whether two arrays of one shape and dtype hold the same, to the bit."""
-    if left.strides == right.strides and left.nbytes % 8 == 0:
-        left, right = left.ravel("K"), right.ravel("K")  # views, if there are no gaps in memory
-        return bool((left.view(np.uint64) == right.view(np.uint64)).all())
-    whole = f"u{left.dtype.itemsize}"
-    return bool((left.view(whole) == right.view(whole)).all())
+_Layout = FrameLayout  # the name in older pickles
 
 
 class StackedFrames:
-    """Keeps stacked observations as single frames, ``1 / 2k`` of the memory of :class:`DenseObservations`.
+    """Stacked observations as single frames, in ``1 / 2k`` of the memory of :class:`DenseObservations`.
 
-    :param capacity: the most rows that it will hold
+    :param capacity: maximum number of rows
     :param n_envs: number of environments
-    :param space: what the environments observe: a ``Box``, or a ``Dict`` of them
-    :param stacking: how it is made of frames
-    :raises NotStackedError: if the space has no room for such a stack
+    :param space: observation space: a ``Box``, or a ``Dict`` of ``Box`` spaces
+    :param stacking: how observations are made of frames
+    :raises ValueError: if ``stacking`` is invalid
+    :raises NotStackedError: if observations of ``space`` cannot be such stacks
     """
 
     rows_ahead = 0
@@ -138,33 +68,34 @@ class StackedFrames:
         self.pads_with_zeros = stacking.padding == "zero"
         self.is_dict = isinstance(space, spaces.Dict)
         parts: Mapping[str, Space] = space.spaces if isinstance(space, spaces.Dict) else {"": space}
-        self.layouts: dict[str, _Layout] = {}
+        self.layouts: dict[str, FrameLayout] = {}
         for key, part in parts.items():
             if not isinstance(part, spaces.Box) or part.dtype.itemsize not in (1, 2, 4, 8):
-                raise NotStackedError(f"{part} is no space of stacked frames")
+                raise NotStackedError(f"{part} is not a space of stacked frames")
             axis = stacking.axes if isinstance(stacking.axes, int) else stacking.axes[key]
-            self.layouts[key] = _Layout(part.shape, part.dtype, axis, stacking.n_stack)
+            self.layouts[key] = FrameLayout(part.shape, part.dtype, axis, stacking.n_stack)
 
-        self.steps = 0  # ever written
+        self.steps = 0  # number of steps written
         self.frames = {
             key: np.zeros((self.n_stack, n_envs, *layout.frame_shape), dtype=parts[key].dtype)
             for key, layout in self.layouts.items()
         }
         self.ages = np.zeros((0, n_envs), dtype=np.uint16)
-        self.last = FramePool(n_envs, 1, self.frames)  # what came next; deeper from the first that is no stack on
+        self.last = FramePool(n_envs, 1, self.frames)  # depth grows to n_stack with the first changed next observation
         self.whole = FramePool(n_envs, self.n_stack, self.frames)
-        # What came next in the newest row, to compare the following observation with: as it was given, and as frames
+        # Next observation of the newest row, to compare with the following observation: as it was given, and as frames
         self._pending: dict[str, Array] | None = None
         self._pending_frames: dict[str, Array] = {}
-        self._pending_changed: set[int] = set()  # environments in which that is no stack
+        self._pending_changed: set[int] = set()  # environments in which it does not continue the stack
 
     # Writing
 
     def write(self, row: int, observation: Observation, next_observation: Observation) -> None:
-        """Put one step of every environment into ``row``; each observation is ``(n_envs, ...)``.
+        """Write one step of every environment into ``row``; each observation is ``(n_envs, ...)``.
 
-        :raises NotStackedError: if they are no stacks, or too few of them continue those before; then nothing was
-            written
+        :raises NotStackedError: if they are not stacks, or if too few of them continue the previous ones; then nothing
+            was written
+        :raises ValueError: if ``row`` is not the row after the last one written
         """
         now = self._parts(observation)
         following = {key: array.copy(order="K") for key, array in self._parts(next_observation).items()}
@@ -175,20 +106,20 @@ class StackedFrames:
             now_frames = {key: layout.frames(now[key]) for key, layout in self.layouts.items()}
         changed = self._changed(now_frames, following_frames)
         if self._pending_changed and not self._pending_changed <= set(begun):
-            raise NotStackedError("what came next was not the observation with one more frame, but was gone on with")
-        if self.whole.used > _FEW + min(self.steps, self.capacity) * self.n_envs // 8:
-            raise NotStackedError("too many observations neither continue the one before nor begin an episode")
+            raise NotStackedError("a next observation in the middle of an episode does not continue the stack")
+        if self.whole.used > _MAX_WHOLE + min(self.steps, self.capacity) * self.n_envs // 8:
+            raise NotStackedError("too many observations neither continue the previous one nor begin an episode")
 
-        step, places = self.steps, len(next(iter(self.frames.values())))
+        step, n_slots = self.steps, len(next(iter(self.frames.values())))
         if row != step % self.capacity:
             raise ValueError(
-                f"pos={row} must be {step % self.capacity}: frames lie in the order in which they came, "
-                "so empty the buffer by reset()"
+                f"pos={row} must be {step % self.capacity}, because frames are stored in the order of the steps: "
+                "call reset() to empty the buffer"
             )
-        # Before the first step there is none: nothing continues it, and the row is not looked at
+        # The first step has no previous row: it continues nothing, so the value read here is not used
         previous_row = (step - 1) % self.capacity if step > 0 else row
         ages = np.minimum(self.ages[previous_row] + 1, self.n_stack - 1)
-        # Some of the frames of these were never added
+        # Environments with frames that were never added
         incomplete = [] if self.whole.used == 0 else np.flatnonzero(
             (self.whole.slots[previous_row] >= 0) & (ages < self.n_stack - 1)
         ).tolist()  # fmt: skip
@@ -199,26 +130,26 @@ class StackedFrames:
             if not self._is_padded(now_frames, env):
                 incomplete.append(env)
             if step > 0:
-                self.last.keep(previous_row, env, self._pending_frames)
+                self.last.add(previous_row, env, self._pending_frames)
             for key, frames in now_frames.items():
-                self.frames[key][step % places, env] = frames[env, -1]
-        # After the previous row was seen to, which is this one if there is only one
-        self.last.forget(row)
-        self.whole.forget(row)
+                self.frames[key][step % n_slots, env] = frames[env, -1]
+        # Only after the previous row was processed, which is this row if the capacity is one
+        self.last.remove(row)
+        self.whole.remove(row)
         self.ages[row] = ages
         for key, frames in following_frames.items():
-            self.frames[key][(step + 1) % places] = frames[:, -1]
+            self.frames[key][(step + 1) % n_slots] = frames[:, -1]
         self._pending, self._pending_frames, self._pending_changed = following, following_frames, changed
         self.steps += 1
         if changed or incomplete:
-            self._keep_all_of_last()
+            self._store_whole_next()
             for env in (*changed, *incomplete):
-                self.last.keep(row, env, following_frames)
+                self.last.add(row, env, following_frames)
             for env in incomplete:
-                self.whole.keep(row, env, now_frames)
+                self.whole.add(row, env, now_frames)
 
     def _parts(self, observation: Observation) -> dict[str, Array]:
-        """The arrays of an observation, ``(n_envs, *shape)``, by key."""
+        """Return the arrays of an observation, ``(n_envs, *shape)``, by key."""
         parts = observation if isinstance(observation, dict) else {"": observation}
         return {
             key: np.asarray(parts[key], dtype=layout.dtype).reshape(self.n_envs, *layout.shape)
@@ -226,25 +157,25 @@ class StackedFrames:
         }
 
     def _begun(self, now: dict[str, Array]) -> list[int]:
-        """The environments whose observation is not what came next one step before."""
+        """Return the environments whose observation differs from the previous next observation."""
         pending = self._pending
         if pending is None:
             return list(range(self.n_envs))
-        if all(_same_bits(array, pending[key]) for key, array in now.items()):
-            return []  # the common case
+        if all(same_bits(array, pending[key]) for key, array in now.items()):
+            return []  # the common case, on a fast path
         return [
             env
             for env in range(self.n_envs)
-            if not all(_same_bits(array[env], pending[key][env]) for key, array in now.items())
+            if not all(same_bits(array[env], pending[key][env]) for key, array in now.items())
         ]
 
     def _is_padded(self, now_frames: dict[str, Array], env: int) -> bool:
-        """Whether an observation begins an episode: all of its frames but the newest are padding."""
+        """Return True if an observation begins an episode: all of its frames except the newest are padding."""
         words = (layout.words(now_frames[key])[env] for key, layout in self.layouts.items())
         return all(bool((frames[:-1] == (0 if self.pads_with_zeros else frames[-1])).all()) for frames in words)
 
     def _changed(self, now_frames: dict[str, Array], following_frames: dict[str, Array]) -> set[int]:
-        """The environments where what came next is not the observation with one more frame."""
+        """Return the environments whose next observation is not the observation with one more frame."""
         changed: set[int] = set()
         for key, layout in self.layouts.items():
             equal = layout.words(following_frames[key])[:, :-1] == layout.words(now_frames[key])[:, 1:]
@@ -252,13 +183,13 @@ class StackedFrames:
                 changed |= set(np.flatnonzero(~equal.all(axis=(1, 2))).tolist())
         return changed
 
-    def _keep_all_of_last(self) -> None:
-        """Let the pool of what came next hold all of its frames from now on."""
+    def _store_whole_next(self) -> None:
+        """Extend the pool of last frames to hold all frames of next observations."""
         if self.last.depth == self.n_stack:
             return
         rows, envs = np.nonzero(self.last.slots >= 0)
         window = self._window(rows, envs, range(2 - self.n_stack, 2))
-        self.last.put(window, rows, envs)
+        self.last.overlay(window, rows, envs)
         pool = self.last.copy()
         pool.depth = self.n_stack
         for key, frames in pool.frames.items():
@@ -269,29 +200,35 @@ class StackedFrames:
     # Reading
 
     def read(self, rows: Array, envs: Array) -> Observation:
-        """What was observed in these rows and environments, each ``(B,)``; a copy, ``(B, *observation_shape)``."""
+        """Return a copy of observations, ``(B, *observation_shape)``; ``rows`` and ``envs`` are ``(B,)``."""
         window = self._window(rows, envs, range(1 - self.n_stack, 1))
-        self.whole.put(window, rows, envs)
+        self.whole.overlay(window, rows, envs)
         return self._join(window)
 
     def read_next(self, rows: Array, envs: Array) -> Observation:
-        """What was observed one step after these rows, likewise."""
+        """Return a copy of next observations, ``(B, *observation_shape)``; ``rows`` and ``envs`` are ``(B,)``."""
         window = self._window(rows, envs, range(2 - self.n_stack, 2))
-        self.last.put(window, rows, envs)
+        self.last.overlay(window, rows, envs)
         return self._join(window)
 
     def _window(self, rows: Array, envs: Array, offsets: range) -> dict[str, Array]:
-        """The frames at these steps after those of the rows, ``(B, len(offsets), ...)``, with padding."""
+        """Return frames, with padding.
+
+        :param rows: ``(B,)``
+        :param envs: ``(B,)``
+        :param offsets: steps of the frames, relative to the steps of the rows
+        :return: ``(B, len(offsets), ...)``, by key
+        """
         newest = self.steps - 1
         steps = newest - (newest - rows) % self.capacity  # (B,)
-        wanted = steps[:, None] + np.arange(offsets.start, offsets.stop)  # (B, W)
+        frame_steps = steps[:, None] + np.arange(offsets.start, offsets.stop)  # (B, W)
         first = (steps - gather(self.ages, rows, envs))[:, None]
-        padded = wanted < first
+        padded = frame_steps < first
         any_padded = bool(padded.any())
         if any_padded:
-            wanted = np.maximum(wanted, first)
-        places = len(next(iter(self.frames.values())))
-        index = (wanted % places) * self.n_envs + envs[:, None]
+            frame_steps = np.maximum(frame_steps, first)
+        n_slots = len(next(iter(self.frames.values())))
+        index = (frame_steps % n_slots) * self.n_envs + envs[:, None]
         window = {}
         for key, frames in self.frames.items():
             flat = frames.reshape(-1, *frames.shape[2:])
@@ -308,56 +245,56 @@ class StackedFrames:
 
     @property
     def observations(self) -> Observation:
-        """What was observed, built for all rows, ``(rows, n_envs, ...)``; rows never written are zero."""
+        """All observations, built on each access, ``(rows, n_envs, ...)``; rows never written are zero."""
         return self.dense().observations
 
     @property
     def next_observations(self) -> Observation:
-        """What came next, likewise."""
+        """All next observations, built on each access, ``(rows, n_envs, ...)``; rows never written are zero."""
         return self.dense().next_observations
 
     def replace(self, name: str, value: Observation) -> None:
-        """Refuse.
+        """Raise ValueError, because single frames cannot replace arbitrary observations.
 
         :raises ValueError: always
         """
-        raise ValueError(f"{name} cannot be replaced, because each frame is kept once: use frames=False for that")
+        raise ValueError(f"{name} cannot be replaced where each frame is stored once: use frames=False")
 
     def dense(self) -> DenseObservations:
-        """The same observations in full."""
+        """Return the same observations in full."""
         dense = DenseObservations(self.capacity, self.n_envs, self.space)
         dense.resize(len(self.ages))
         written = min(self.steps, self.capacity)
         for begin in range(0, written, _CHUNK):
             rows = np.arange(begin, min(begin + _CHUNK, written))
             row, env = (grid.reshape(-1) for grid in np.meshgrid(rows, np.arange(self.n_envs), indexing="ij"))
-            for kept, read in (
+            for target, values in (
                 (dense.observations, self.read(row, env)),
                 (dense.next_observations, self.read_next(row, env)),
             ):
                 for key in self.layouts:
-                    array = kept[key] if isinstance(kept, dict) else kept
-                    values = read[key] if isinstance(read, dict) else read
-                    array[rows] = values.reshape(len(rows), self.n_envs, *array.shape[2:])
+                    array = target[key] if isinstance(target, dict) else target
+                    part = values[key] if isinstance(values, dict) else values
+                    array[rows] = part.reshape(len(rows), self.n_envs, *array.shape[2:])
         return dense
 
     def resize(self, rows: int) -> None:
-        """Hold this many rows from now on."""
+        """Change the number of allocated rows."""
         self.frames = {key: resized(array, rows + self.n_stack) for key, array in self.frames.items()}
         self.ages = resized(self.ages, rows)
         self.last.resize(rows)
         self.whole.resize(rows)
 
     def bytes_of(self, rows: int) -> int:
-        """The memory that this many rows take, if episodes go on to be as long as they were."""
-        of_frames = sum(row_bytes(array) for array in self.frames.values())
+        """Return the bytes that ``rows`` rows take, if episodes stay as long as they are."""
+        frame_bytes = sum(row_bytes(array) for array in self.frames.values())
         pools = [self.last, self.whole]
-        of_pools = sum(array.nbytes for pool in pools for array in pool.frames.values()) / max(len(self.ages), 1)
-        of_rows = row_bytes(self.ages) + sum(row_bytes(pool.slots) for pool in pools) + of_pools
-        return (rows + self.n_stack) * of_frames + int(rows * of_rows)
+        pool_bytes = sum(array.nbytes for pool in pools for array in pool.frames.values()) / max(len(self.ages), 1)
+        other_bytes = row_bytes(self.ages) + sum(row_bytes(pool.slots) for pool in pools) + pool_bytes
+        return (rows + self.n_stack) * frame_bytes + int(rows * other_bytes)
 
     def arrays(self, rows: int) -> dict[str, Array]:
-        """All that these first rows need, by name, for a file; not copied."""
+        """Return views of all arrays that a file of the first ``rows`` rows needs, by name."""
         arrays: dict[str, Array] = {
             "steps": np.array([self.steps], dtype=np.int64),
             "ages": self.ages[:rows],
@@ -369,19 +306,19 @@ class StackedFrames:
         return arrays
 
     def restore(self, arrays: dict[str, Array], rows: int, next_row: int) -> None:
-        """Take the place of the keeper that gave ``arrays``.
+        """Load the contents of another store with the same settings.
 
-        :param arrays: as :meth:`arrays` gave them
-        :param rows: how many rows they have
-        :param next_row: the row that would have been written next
-        :raises ValueError: naming an array that is missing, does not fit, or points outside another one
+        :param arrays: the arrays that its :meth:`arrays` returned
+        :param rows: their number of rows
+        :param next_row: the row that it would have written next
+        :raises ValueError: if an array is missing, has a wrong shape, dtype or value, or points outside another array
         """
         steps = int(take_array(arrays, "steps", np.zeros(1, dtype=np.int64), 1)[0])
         if steps % self.capacity != next_row or min(steps, self.capacity) != rows:
             raise ValueError(f"its array 'steps' counts {steps}, but its {rows} rows end before row {next_row}")
         ages = take_array(arrays, "ages", self.ages, rows)
         if ages.max(initial=0) >= self.n_stack:
-            raise ValueError(f"its array 'ages' has others than 0 to {self.n_stack - 1}")
+            raise ValueError(f"its array 'ages' must be in 0 to {self.n_stack - 1}")
         frames = {
             key: take_array(arrays, array_name("frames", key), like, rows + self.n_stack)
             for key, like in self.frames.items()
@@ -399,7 +336,7 @@ class StackedFrames:
             self._pending_changed = self._changed(now_frames, self._pending_frames)
 
     def __copy__(self) -> "StackedFrames":
-        """A keeper whose writing does not reach into this one."""
+        """Return a copy that shares no memory that :meth:`write` changes in place."""
         other = object.__new__(type(self))
         vars(other).update(vars(self))
         other.frames = {key: array.copy() for key, array in self.frames.items()}

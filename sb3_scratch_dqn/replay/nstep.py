@@ -1,14 +1,13 @@
-r"""Folding several steps into one transition (Sutton 1988; Hessel et al. 2018, https://arxiv.org/abs/1710.02298).
+r"""Multi-step returns (Sutton 1988; Hessel et al. 2018, https://arxiv.org/abs/1710.02298).
 
-From a step :math:`t` onwards, with :math:`k \le n` steps that belong to one episode,
+For a window that starts at step :math:`t` and has :math:`k \le n` steps of one episode,
 
 .. math:: R_t = \sum_{i=0}^{k-1} \gamma^i r_{t+i}, \qquad
           \text{target} = R_t + \gamma^k (1 - \text{terminated}_{t+k-1}) V(s_{t+k}).
 
-A window ends early at a termination, at a truncation (which bootstraps from the observation the truncated episode
-ended with), where the environment was reset in the middle of an episode (likewise) and at the newest step of the ring,
-whose continuation is not known yet. So every step of an episode can be a start, and no window reaches into another
-episode.
+A window ends early at a termination, at a truncation, at a reset in the middle of an episode (these two bootstrap from
+the last observation of the episode) and at the newest step of the ring buffer, whose continuation is not known yet. So
+every step of an episode can start a window, and no window reaches into another episode.
 """
 
 from collections.abc import Callable
@@ -22,17 +21,17 @@ from sb3_scratch_dqn.replay.stores import Store
 
 Floats = npt.NDArray[np.float32]
 
-# Steps of all windows together from which on it pays to look for the longest window first, and steps of each look
-_MANY_STEPS, _STEPS_AT_ONCE = 2**16, 256
+# With more steps than this in all windows together, it is faster to find the longest window first, in chunks
+_MANY_STEPS, _CHUNK_STEPS = 2**16, 256
 
 
 class Fold(NamedTuple):
-    """``B`` windows of one or more steps, each array ``(B,)``.
+    """``B`` windows of one or more steps.
 
-    :param last_rows: the row of the last step of each window
-    :param returns: discounted sum of the rewards
-    :param discounts: ``gamma**k``, ``k`` the length of the window; one number where all are of one step
-    :param terminated: 1 where the window ends in a terminal state, 0 elsewhere, truncations included
+    :param last_rows: row of the last step of each window, ``(B,)``
+    :param returns: discounted sum of the rewards, ``(B,)``
+    :param discounts: ``gamma**k``, ``k`` the length of the window, ``(B,)``; a scalar if all windows have one step
+    :param terminated: 1 where the window ends in a terminal state, 0 elsewhere (also at truncations), ``(B,)``
     """
 
     last_rows: Array
@@ -48,7 +47,7 @@ def fold_one_step(
     gamma: float,
     normalize_reward: Callable[[Floats], Floats],
 ) -> Fold:
-    """Windows of one step; the parameters are those of :func:`fold_n_steps`."""
+    """Compute windows of one step; parameters as in :func:`fold_n_steps`."""
     return Fold(
         last_rows=rows,
         returns=normalize_reward(gather(store.rewards, rows, envs)),
@@ -58,27 +57,27 @@ def fold_one_step(
 
 
 def _longest_window(store: Store, rows: Array, envs: Array, n_steps: int, newest_row: int) -> int:
-    """Return the length of the longest window, found piece by piece; parameters as in :func:`fold_n_steps`."""
-    going_on = np.arange(len(rows))
-    for begin in range(0, min(n_steps, store.capacity), _STEPS_AT_ONCE):
-        end = min(begin + _STEPS_AT_ONCE, n_steps)
-        ends = _ends(store, rows[going_on], envs[going_on], np.arange(begin, end), newest_row)[1]
-        going_on = going_on[~ends.any(axis=1)]
-        if len(going_on) == 0:
+    """Return the length of the longest window, searched in chunks; parameters as in :func:`fold_n_steps`."""
+    open_windows = np.arange(len(rows))
+    for begin in range(0, min(n_steps, store.capacity), _CHUNK_STEPS):
+        end = min(begin + _CHUNK_STEPS, n_steps)
+        ends = _ends(store, rows[open_windows], envs[open_windows], np.arange(begin, end), newest_row)[1]
+        open_windows = open_windows[~ends.any(axis=1)]
+        if len(open_windows) == 0:
             return end
     return min(n_steps, store.capacity)
 
 
 def _ends(store: Store, rows: Array, envs: Array, steps: Array, newest_row: int) -> tuple[Array, Array]:
-    """Rows that hold the steps of windows, and whether the window ends with a step, each ``(B, len(steps))``."""
+    """Return the row of each step of the windows, and whether the window ends there, each ``(B, len(steps))``."""
     window = (rows[:, None] + steps) % store.capacity
-    # Rows that never held a step lie behind the newest one, where no window goes; any row may stand for them
-    readable = np.minimum(window, store.rows - 1)
+    # Rows that are not allocated come after the newest row, beyond the end of every window: read any row instead
+    window_rows = np.minimum(window, store.rows - 1)
     columns = envs[:, None]
-    ends = np.logical_or(store.dones[readable, columns], store.timeouts[readable, columns])
-    ends |= store.cuts[readable, columns]
+    ends = np.logical_or(store.dones[window_rows, columns], store.timeouts[window_rows, columns])
+    ends |= store.cuts[window_rows, columns]
     ends |= window == newest_row
-    return readable, ends
+    return window_rows, ends
 
 
 def fold_n_steps(
@@ -90,24 +89,24 @@ def fold_n_steps(
     n_steps: int,
     newest_row: int,
 ) -> Fold:
-    """Windows of up to ``n_steps`` steps.
+    """Compute windows of up to ``n_steps`` steps.
 
-    :param store: where the steps lie
-    :param rows: the row of the first step of each window, ``(B,)``
-    :param envs: the environment of each window, ``(B,)``
-    :param gamma: the discount of one step
-    :param normalize_reward: applied to every single reward before it is summed
-    :param n_steps: the longest window
+    :param store: the store that holds the steps
+    :param rows: row of the first step of each window, ``(B,)``
+    :param envs: environment of each window, ``(B,)``
+    :param gamma: discount of one step
+    :param normalize_reward: applied to each reward before the sum
+    :param n_steps: maximum length of a window
     :param newest_row: the row that was written last, where every window ends
     """
     if n_steps * len(rows) > _MANY_STEPS:
         n_steps = _longest_window(store, rows, envs, n_steps, newest_row)
     steps = np.arange(n_steps)
-    readable, ends = _ends(store, rows, envs, steps, newest_row)  # (B, n_steps)
+    window_rows, ends = _ends(store, rows, envs, steps, newest_row)  # (B, n_steps)
     last = np.where(ends.any(axis=1), ends.argmax(axis=1), n_steps - 1)  # (B,)
     inside = steps <= last[:, None]  # (B, n_steps)
 
-    rewards = normalize_reward(store.rewards[readable, envs[:, None]])
+    rewards = normalize_reward(store.rewards[window_rows, envs[:, None]])
     step_discounts = gamma ** steps.astype(np.float32)
     last_rows = (rows + last) % store.capacity
     return Fold(

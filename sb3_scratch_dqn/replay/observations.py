@@ -1,8 +1,9 @@
-"""How observations lie in memory.
+"""Storage of observations.
 
-A transition has two of them: what was observed, and what came next. A keeper holds both for a ring of ``capacity``
-rows, one row a call of ``env.step()``, with one column an environment. Its arrays are ``(rows, n_envs, ...)``, for
-``Dict`` spaces a dict of such arrays; :func:`map_observation` treats both alike.
+A transition has two of them: the observation and the next observation. An :class:`ObservationStore` holds both for a
+ring buffer of ``capacity`` rows. Each call of ``env.step()`` writes one row, with one column for each environment. The
+arrays are ``(rows, n_envs, ...)``; for ``Dict`` spaces they are a dict of such arrays. :func:`map_observation` handles
+both forms.
 """
 
 import math
@@ -20,29 +21,29 @@ Space = spaces.Space[Any]
 
 
 def map_observation(function: Callable[[Array], Array], observation: Observation) -> Observation:
-    """Apply ``function`` to an observation's array, or to each array of a dict of them."""
+    """Apply ``function`` to the array of an observation, or to each array of a dict."""
     if isinstance(observation, dict):
         return {key: function(value) for key, value in observation.items()}
     return function(observation)
 
 
 def resized(array: Array, rows: int, fill: float = 0) -> Array:
-    """A copy with ``rows`` rows, the new ones ``fill``."""
+    """Return a copy with ``rows`` rows; new rows are filled with ``fill``."""
     copy = np.full((rows, *array.shape[1:]), fill, dtype=array.dtype) if fill else np.zeros(
         (rows, *array.shape[1:]), dtype=array.dtype
     )  # fmt: skip
-    kept = min(rows, len(array))
-    copy[:kept] = array[:kept]
+    n_copied = min(rows, len(array))
+    copy[:n_copied] = array[:n_copied]
     return copy
 
 
 def row_bytes(array: Array) -> int:
-    """The memory of one row."""
+    """Return the bytes of one row."""
     return array.dtype.itemsize * math.prod(array.shape[1:])
 
 
 def gather(array: Array, rows: Array, envs: Array) -> Array:
-    """``array[rows, envs]``, in a third of the time.
+    """Return ``array[rows, envs]``, in a third of the time that NumPy's indexing takes.
 
     :param array: ``(R, E, ...)``, contiguous
     :param rows: ``(B,)``
@@ -51,7 +52,7 @@ def gather(array: Array, rows: Array, envs: Array) -> Array:
     """
     n_envs = array.shape[1]
     gathered: Array
-    if n_envs == 1:  # whose number can only be 0
+    if n_envs == 1:  # all of ``envs`` is 0
         gathered = array[:, 0].take(rows, axis=0)
     else:
         gathered = array.reshape(-1, *array.shape[2:]).take(rows * n_envs + envs, axis=0)
@@ -59,90 +60,109 @@ def gather(array: Array, rows: Array, envs: Array) -> Array:
 
 
 class ObservationStore(Protocol):
-    """Keeps the observations of a ring of transitions."""
+    """The observations of a ring buffer of transitions.
+
+    :param rows_ahead: number of rows after the written row that :meth:`write` also needs
+    """
 
     rows_ahead: int
-    """Rows beyond the one that is written which writing needs."""
 
     @property
     def observations(self) -> Observation:
-        """What was observed, ``(rows, n_envs, ...)``."""
+        """The observations, ``(rows, n_envs, ...)``."""
 
     @property
     def next_observations(self) -> Observation:
-        """What came next, likewise.
+        """The next observations, ``(rows, n_envs, ...)``.
 
-        :raises AttributeError: if it lies among ``observations``
+        :raises AttributeError: if they are stored among ``observations``
         """
 
     def replace(self, name: str, value: Observation) -> None:
-        """Put other arrays in the place of ``observations`` or ``next_observations``.
+        """Replace the arrays of ``observations`` or ``next_observations``.
 
-        :raises ValueError: if they are of another kind or shape, or cannot be replaced
+        :param name: one of these two names
+        :param value: the new arrays
+        :raises ValueError: if their structure or shape differs, or if they cannot be replaced
         """
 
     def write(self, row: int, observation: Observation, next_observation: Observation) -> None:
-        """Put one step of every environment into ``row``; each observation is ``(n_envs, ...)``."""
+        """Write one step of every environment.
+
+        :param row: row to write
+        :param observation: ``(n_envs, ...)``
+        :param next_observation: ``(n_envs, ...)``
+        """
 
     def read(self, rows: Array, envs: Array) -> Observation:
-        """What was observed in these rows and environments, each ``(B,)``; a copy, ``(B, *observation_shape)``."""
+        """Return a copy of observations.
+
+        :param rows: ``(B,)``
+        :param envs: ``(B,)``
+        :return: ``(B, *observation_shape)``
+        """
 
     def read_next(self, rows: Array, envs: Array) -> Observation:
-        """What was observed one step after these rows, likewise."""
+        """Return a copy of next observations.
+
+        :param rows: ``(B,)``
+        :param envs: ``(B,)``
+        :return: ``(B, *observation_shape)``
+        """
 
     def resize(self, rows: int) -> None:
-        """Hold this many rows from now on."""
+        """Change the number of allocated rows."""
 
     def arrays(self, rows: int) -> dict[str, Array]:
-        """All that these first rows need, by name, for a file; not copied."""
+        """Return views of all arrays that a file of the first ``rows`` rows needs, by name."""
 
     def restore(self, arrays: dict[str, Array], rows: int, next_row: int) -> None:
-        """Take the place of the keeper that gave ``arrays``.
+        """Load the contents of another store of the same class.
 
-        :param arrays: as :meth:`arrays` gave them
-        :param rows: how many rows they have
-        :param next_row: the row that would have been written next
-        :raises ValueError: naming an array that is missing, or has another shape or dtype than it must
+        :param arrays: the arrays that its :meth:`arrays` returned
+        :param rows: their number of rows
+        :param next_row: the row that it would have written next
+        :raises ValueError: if an array is missing, or has the wrong shape or dtype
         """
 
     def bytes_of(self, rows: int) -> int:
-        """The memory that this many rows take."""
+        """Return the bytes that ``rows`` rows take."""
 
 
 def take_array(arrays: dict[str, Array], name: str, like: Array, rows: int | None = None) -> Array:
-    """Take the array of a file that stands for ``like``.
+    """Return an array of a file after checking its shape and dtype.
 
-    :param arrays: by name
-    :param name: of the array
-    :param like: has the dtype and all of the shape but the number of rows
-    :param rows: that number; ``None`` for any
-    :raises ValueError: if it is missing, or has another shape or dtype
+    :param arrays: the arrays by name
+    :param name: name of the array
+    :param like: an array of the required dtype, and of the required shape except for the number of rows
+    :param rows: the required number of rows; ``None`` for any
+    :raises ValueError: if the array is missing, or has another shape or dtype
     """
     if name not in arrays:
         raise ValueError(f"it has no array {name!r}")
     array = arrays[name]
-    needed = (len(array) if rows is None and array.ndim > 0 else rows, *like.shape[1:])
-    if array.dtype != like.dtype or array.shape != needed:
+    required = (len(array) if rows is None and array.ndim > 0 else rows, *like.shape[1:])
+    if array.dtype != like.dtype or array.shape != required:
         raise ValueError(
             f"its array {name!r} has shape {array.shape} and dtype {array.dtype}, "
-            f"but must have shape {needed} and dtype {like.dtype}"
+            f"but must have shape {required} and dtype {like.dtype}"
         )
     return array
 
 
 def named_parts(name: str, observation: Observation) -> dict[str, Array]:
-    """The arrays of an observation by names of their own: ``name``, or ``name/key`` for each key of a dict."""
+    """Return the arrays of an observation by name: ``name``, or ``name/key`` for each key of a dict."""
     if isinstance(observation, dict):
         return {f"{name}/{key}": array for key, array in observation.items()}
     return {name: observation}
 
 
 class DenseObservations:
-    """Every observation in full, twice: as what was observed and as what came next.
+    """Observations and next observations in full, in separate arrays.
 
-    :param capacity: the most rows that it will hold
+    :param capacity: maximum number of rows
     :param n_envs: number of environments
-    :param space: what the environments observe; ``Dict`` spaces must not be nested
+    :param space: observation space; ``Dict`` spaces must not be nested
     """
 
     names: tuple[str, ...] = ("observations", "next_observations")
@@ -153,7 +173,7 @@ class DenseObservations:
 
     def __init__(self, capacity: int, n_envs: int, space: Space) -> None:
         self.capacity = capacity
-        # Observations of Discrete spaces come as (n_envs,), and lie as (n_envs, 1)
+        # Observations of Discrete spaces arrive as (n_envs,) and are stored as (n_envs, 1)
         parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
         self._discrete = {key for key, part in parts.items() if isinstance(part, spaces.Discrete)}
 
@@ -161,17 +181,19 @@ class DenseObservations:
             return np.zeros((0, n_envs, *get_obs_shape(space)), dtype=space.dtype)
 
         for name in self.names:
-            kept = (
+            arrays = (
                 {key: empty(part) for key, part in space.spaces.items()}
                 if isinstance(space, spaces.Dict)
                 else empty(space)
             )
-            setattr(self, name, kept)
+            setattr(self, name, arrays)
 
     def replace(self, name: str, value: Observation) -> None:
-        """Put other arrays in the place of ``observations`` or ``next_observations``.
+        """Replace the arrays of ``observations`` or ``next_observations``.
 
-        :raises ValueError: if they are of another kind or shape
+        :param name: one of these two names
+        :param value: the new arrays
+        :raises ValueError: if their structure or shape differs
         """
         current = getattr(self, name)
 
@@ -179,7 +201,7 @@ class DenseObservations:
             return {k: v.shape for k, v in observation.items()} if isinstance(observation, dict) else observation.shape
 
         if isinstance(value, dict) != isinstance(current, dict) or shapes(value) != shapes(current):
-            raise ValueError(f"{name} must be replaced by what has the same shape, {shapes(current)}")
+            raise ValueError(f"{name} must be replaced by arrays of the same shape, {shapes(current)}")
         if isinstance(current, dict):
             assert isinstance(value, dict)
             cast: Observation = {
@@ -190,11 +212,11 @@ class DenseObservations:
         setattr(self, name, cast)
 
     def write(self, row: int, observation: Observation, next_observation: Observation) -> None:
-        """Put one step of every environment into ``row``; each observation is ``(n_envs, ...)``."""
-        self._put(self.observations, row, observation)
-        self._put(self.next_observations, row, next_observation)
+        """Write one step of every environment into ``row``; each observation is ``(n_envs, ...)``."""
+        self._write_row(self.observations, row, observation)
+        self._write_row(self.next_observations, row, next_observation)
 
-    def _put(self, target: Observation, row: int, value: Observation) -> None:
+    def _write_row(self, target: Observation, row: int, value: Observation) -> None:
         if isinstance(target, dict):
             assert isinstance(value, dict)
             for key, array in target.items():
@@ -204,31 +226,31 @@ class DenseObservations:
             target[row] = np.reshape(value, target.shape[1:]) if self._discrete else value
 
     def read(self, rows: Array, envs: Array) -> Observation:
-        """What was observed in these rows and environments, each ``(B,)``; a copy, ``(B, *observation_shape)``."""
+        """Return a copy of observations, ``(B, *observation_shape)``; ``rows`` and ``envs`` are ``(B,)``."""
         return map_observation(lambda array: gather(array, rows, envs), self.observations)
 
     def read_next(self, rows: Array, envs: Array) -> Observation:
-        """What was observed one step after these rows, likewise."""
+        """Return a copy of next observations, ``(B, *observation_shape)``; ``rows`` and ``envs`` are ``(B,)``."""
         return map_observation(lambda array: gather(array, rows, envs), self.next_observations)
 
     def resize(self, rows: int) -> None:
-        """Hold this many rows from now on."""
+        """Change the number of allocated rows."""
         for name in self.names:
             setattr(self, name, map_observation(lambda array: resized(array, rows), getattr(self, name)))
 
     def arrays(self, rows: int) -> dict[str, Array]:
-        """All that these first rows need, by name, for a file; not copied."""
+        """Return views of all arrays that a file of the first ``rows`` rows needs, by name."""
         return {
             part: array[:rows] for name in self.names for part, array in named_parts(name, getattr(self, name)).items()
         }
 
     def restore(self, arrays: dict[str, Array], rows: int, next_row: int) -> None:
-        """Take the place of the keeper that gave ``arrays``.
+        """Load the contents of another store of the same class.
 
-        :param arrays: as :meth:`arrays` gave them
-        :param rows: how many rows they have
-        :param next_row: the row that would have been written next
-        :raises ValueError: naming an array that is missing, or has another shape or dtype than it must
+        :param arrays: the arrays that its :meth:`arrays` returned
+        :param rows: their number of rows
+        :param next_row: the row that it would have written next
+        :raises ValueError: if an array is missing, or has the wrong shape or dtype
         """
         for name in self.names:
             current = getattr(self, name)
@@ -241,32 +263,35 @@ class DenseObservations:
             setattr(self, name, value)
 
     def bytes_of(self, rows: int) -> int:
-        """The memory that this many rows take."""
+        """Return the bytes that ``rows`` rows take."""
         return rows * sum(row_bytes(array) for array in self.arrays(rows).values())
 
 
 class SharedObservations(DenseObservations):
-    """Every observation once: what came next is read from the row that follows.
+    """Each observation once: the next observation is read from the following row.
 
-    That halves the memory, and makes what follows the last step of an episode the first observation of the next one.
+    This halves the memory. After the last step of an episode, the next observation is the first of the next episode.
     """
 
     names = ("observations",)
     rows_ahead = 1
 
     @property
-    def next_observations(self) -> Observation:  # type: ignore[override]  # what the other has, this one has not
-        """There are none.
+    def next_observations(self) -> Observation:  # type: ignore[override]  # the base class has an attribute
+        """Not available.
 
         :raises AttributeError: always
         """
-        raise AttributeError("with optimize_memory_usage, what came next is the following row of observations")
+        raise AttributeError(
+            "next_observations are not stored with optimize_memory_usage=True: "
+            "the next observation is the following row of observations"
+        )
 
     def write(self, row: int, observation: Observation, next_observation: Observation) -> None:
-        """Put one step of every environment into ``row`` and the one that follows."""
-        self._put(self.observations, row, observation)
-        self._put(self.observations, (row + 1) % self.capacity, next_observation)
+        """Write one step of every environment into ``row`` and the following row."""
+        self._write_row(self.observations, row, observation)
+        self._write_row(self.observations, (row + 1) % self.capacity, next_observation)
 
     def read_next(self, rows: Array, envs: Array) -> Observation:
-        """What was observed one step after these rows."""
+        """Return a copy of the observations in the following rows."""
         return self.read((rows + 1) % self.capacity, envs)

@@ -1,8 +1,8 @@
-"""Where transitions lie in memory.
+"""Storage of transitions.
 
-A store is a ring of ``capacity`` rows, one row a call of ``env.step()``, with one column an environment:
-every array is ``(rows, n_envs, ...)``. What was observed is left to a keeper
-(:mod:`sb3_scratch_dqn.replay.observations`).
+A store is a ring buffer of ``capacity`` rows. Each call of ``env.step()`` writes one row, with one column for each
+environment: every array is ``(rows, n_envs, ...)``. Observations are held by an
+:class:`~sb3_scratch_dqn.replay.observations.ObservationStore`.
 """
 
 import warnings
@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from sb3_scratch_dqn.replay.frames import NotStackedError, StackedFrames
+from sb3_scratch_dqn.replay.frame_layout import NotStackedError
+from sb3_scratch_dqn.replay.frames import StackedFrames
 from sb3_scratch_dqn.replay.observations import (
     Array,
     Observation,
@@ -22,33 +23,35 @@ from sb3_scratch_dqn.replay.observations import (
     take_array,
 )
 
-# A store begins with about this many rows, so that small buffers never grow
+# Rows of the first allocation, approximately: small buffers never grow
 _FIRST_ROWS = 256
 
 
+# Attributes that had other names in older pickles
+_OLD_NAMES = {"keeper": "obs_store", "written": "n_writes", "edits": "n_edits"}
+
+
 class Store:
-    """Transitions: what was observed, done and received, and how it ended.
+    """Observations, actions, rewards and episode ends of transitions.
 
-    Memory is asked for as the store fills: the rows double until they reach ``capacity``. Rows that were never
-    written are zero.
+    Memory is allocated as the store fills: the rows double until they reach ``capacity``. Rows never written are zero.
 
-    :param capacity: the most rows that the store will hold
+    :param capacity: maximum number of rows
     :param n_envs: number of environments
-    :param observations: keeps what is observed, for a ring of the same capacity
-    :param action_dim: numbers in one action
-    :param action_dtype: the dtype of these numbers
+    :param observations: store of the observations, of the same capacity
+    :param action_dim: number of elements of an action
+    :param action_dtype: dtype of the actions
 
-    ``cuts`` are true where the following row does not go on with the episode although that did not end, as when
-    the environment was reset.
+    ``cuts`` are true where the following row does not continue an episode that did not end, for example after a reset
+    of the environment.
 
-    Masks of allowed actions, ``(rows, n_envs, A)``, are kept from the first that is written on; before that they are
-    ``None``, and cost nothing.
+    Action masks, ``(rows, n_envs, A)``, are allocated with the first that is written; until then they are ``None``.
 
-    For whoever keeps a copy, ``written`` counts the rows that are written, and ``edits`` the occasions on which others
-    may have been changed. The newest row may change without either.
+    For copies (for example on a GPU), ``n_writes`` counts the rows written, and ``n_edits`` possible modifications of
+    other rows. The newest row may change without either.
     """
 
-    COLUMNS: ClassVar = ("actions", "rewards", "dones", "timeouts")  # those that SB3's buffers have too
+    COLUMNS: ClassVar = ("actions", "rewards", "dones", "timeouts")  # as in SB3's buffers
     OWN_COLUMNS: ClassVar = (*COLUMNS, "cuts")
     MASKS: ClassVar = ("action_masks", "next_action_masks")
 
@@ -57,9 +60,9 @@ class Store:
     dones: npt.NDArray[np.float32]
     timeouts: npt.NDArray[np.float32]
     cuts: npt.NDArray[np.bool_]
-    has_cuts = False  # whether there may be any
-    written = 0
-    edits = 0
+    has_cuts = False  # True if any of ``cuts`` may be true
+    n_writes = 0
+    n_edits = 0
     action_masks: npt.NDArray[np.bool_] | None = None
     next_action_masks: npt.NDArray[np.bool_] | None = None
 
@@ -75,48 +78,51 @@ class Store:
         self.timeouts = np.zeros((0, n_envs), dtype=np.float32)
         self.cuts = np.zeros((0, n_envs), dtype=bool)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled or copied store; older pickles have other attribute names."""
+        vars(self).update({_OLD_NAMES.get(name, name): value for name, value in state.items()})
+
     @property
     def observations(self) -> Observation:
-        """What was observed, ``(rows, n_envs, ...)``."""
+        """The observations, ``(rows, n_envs, ...)``."""
         return self.obs_store.observations
 
     @property
     def next_observations(self) -> Observation:
-        """What came next, ``(rows, n_envs, ...)``.
+        """The next observations, ``(rows, n_envs, ...)``.
 
-        :raises AttributeError: if each observation is kept once
+        :raises AttributeError: if each observation is stored once
         """
         return self.obs_store.next_observations
 
     def replace(self, name: str, value: Observation) -> None:
-        """Put other arrays in the place of those of this name.
+        """Replace the arrays of one attribute.
 
-        :raises ValueError: if they are of another kind or shape
+        :param name: ``"observations"``, ``"next_observations"`` or one of ``OWN_COLUMNS``
+        :param value: the new arrays
+        :raises ValueError: if their structure or shape differs, or if they cannot be replaced
         """
-        self.edits += 1
+        self.n_edits += 1
         if name not in self.OWN_COLUMNS:
             self.obs_store.replace(name, value)
             return
         current = getattr(self, name)
         if isinstance(value, dict) or value.shape != current.shape:
-            raise ValueError(f"{name} must be replaced by what has the same shape, {current.shape}")
+            raise ValueError(f"{name} must be replaced by an array of the same shape, {current.shape}")
         setattr(self, name, np.ascontiguousarray(value, dtype=current.dtype))
 
     def reserve(self, rows: int) -> None:
-        """Have memory for at least ``rows`` rows.
-
-        :param rows: at most ``capacity``
-        """
+        """Allocate memory for at least ``rows`` rows, at most ``capacity``."""
         if rows <= self.rows:
             return
-        # The capacity over a power of two, so that the last step copies one half and not nearly all
+        # Sizes are the capacity over a power of two, so that the last resize copies half of it, not nearly all of it
         size = self.capacity
         while size >= 2 * max(rows, _FIRST_ROWS):
             size = -(-size // 2)
         self._resize(size)
 
     def trimmed(self, rows: int) -> "Store":
-        """A store that holds the first ``rows`` rows, for saving; it grows again when written to."""
+        """Return a copy of the first ``rows`` rows, for saving; it grows again when written to."""
         store = copy(self)
         store.obs_store = copy(self.obs_store)
         store._resize(min(rows, self.rows))
@@ -142,7 +148,7 @@ class Store:
         done: Array,
         timeout: Array | float,
     ) -> None:
-        """Put one step of every environment into ``row``; each argument is ``(n_envs, ...)``."""
+        """Write one step of every environment into ``row``; each argument is ``(n_envs, ...)``."""
         needed = row + 1 + self.obs_store.rows_ahead
         if needed > self.rows:
             self.reserve(min(needed, self.capacity))
@@ -151,8 +157,8 @@ class Store:
         except NotStackedError as reason:
             assert isinstance(self.obs_store, StackedFrames)
             warnings.warn(
-                f"replay keeps each observation in full from now on, which takes {2 * self.obs_store.n_stack} times "
-                f"the memory: frames cannot be kept once, because {reason}",
+                f"the replay buffer stores each observation in full from now on, which takes "
+                f"{2 * self.obs_store.n_stack} times the memory: frames cannot be stored once, because {reason}",
                 stacklevel=3,
             )
             self.obs_store = self.obs_store.dense()
@@ -163,47 +169,52 @@ class Store:
         self.timeouts[row] = timeout
         if self.has_cuts:
             self.cuts[row] = False
-        self.written += 1
+        self.n_writes += 1
 
     def cut(self, row: int, where: Array) -> None:
-        """Let the following row not go on with the episodes of these environments, ``(n_envs,)``."""
+        """Mark where the following row does not continue the episode.
+
+        :param row: the row before the cut
+        :param where: true for the environments whose episode is cut, ``(n_envs,)``
+        """
         self.cuts[row] = where
         self.has_cuts = True
-        if row != (self.written - 1) % self.capacity:
-            self.edits += 1
+        if row != (self.n_writes - 1) % self.capacity:
+            self.n_edits += 1
 
     def write_masks(self, row: int, masks: Array | bool, next_masks: Array | bool) -> None:
-        """Put what was allowed before and after one step into a row that was written.
+        """Write the action masks of one step.
 
-        :param row: the row
-        :param masks: ``(n_envs, A)``, or true for everything
-        :param next_masks: likewise
+        :param row: the row, whose step :meth:`write` wrote
+        :param masks: true where an action was allowed before the step, ``(n_envs, A)``; ``True`` for all actions
+        :param next_masks: the same after the step
         """
         for name, value in zip(self.MASKS, (masks, next_masks), strict=True):
             if getattr(self, name) is None:
                 if value is True:
                     continue
-                # Whatever came before was not masked
+                # Earlier transitions had no masks
                 setattr(self, name, np.ones((self.rows, *np.shape(value)), dtype=bool))
             getattr(self, name)[row] = value
 
     def read_both(self, rows: Array, last_rows: Array, envs: Array) -> tuple[Observation, Observation]:
-        """What was observed in ``rows``, and one step after ``last_rows``; copies, ``(B, *observation_shape)``.
+        """Return copies of the observations of ``rows`` and of the next observations of ``last_rows``.
 
         :param rows: ``(B,)``
         :param last_rows: ``(B,)``
         :param envs: ``(B,)``
+        :return: two times ``(B, *observation_shape)``
         """
         return self.obs_store.read(rows, envs), self.obs_store.read_next(last_rows, envs)
 
     def bytes_of(self, rows: int) -> int:
-        """The memory that this many rows take."""
+        """Return the bytes that ``rows`` rows take."""
         columns = [getattr(self, name) for name in self.OWN_COLUMNS]
         columns += [masks for masks in (self.action_masks, self.next_action_masks) if masks is not None]
         return rows * sum(row_bytes(array) for array in columns) + self.obs_store.bytes_of(rows)
 
     def arrays(self, rows: int) -> dict[str, Array]:
-        """All that the first rows need, by name, for a file; not copied."""
+        """Return views of all arrays that a file of the first ``rows`` rows needs, by name."""
         columns = {name: getattr(self, name) for name in (*self.OWN_COLUMNS, *self.MASKS)}
         return {
             **{name: array[:rows] for name, array in columns.items() if array is not None},
@@ -211,21 +222,21 @@ class Store:
         }
 
     def restore(self, arrays: dict[str, Array], rows: int, next_row: int, n_actions: int) -> None:
-        """Hold what another store of the same kind held.
+        """Load the contents of another store with the same settings.
 
-        :param arrays: as :meth:`arrays` gave them
-        :param rows: how many rows they have
-        :param next_row: the row that would have been written next
-        :param n_actions: ``A`` of the masks, if there are any
-        :raises ValueError: naming an array that is missing, or has another shape or dtype than it must
+        :param arrays: the arrays that its :meth:`arrays` returned
+        :param rows: their number of rows
+        :param next_row: the row that it would have written next
+        :param n_actions: number of actions, ``A``, of the masks
+        :raises ValueError: if an array is missing, or has the wrong shape or dtype
         """
         columns = self.OWN_COLUMNS
-        taken: dict[str, Any] = {name: take_array(arrays, name, getattr(self, name), rows) for name in columns}
+        loaded: dict[str, Any] = {name: take_array(arrays, name, getattr(self, name), rows) for name in columns}
         like = np.zeros((0, self.rewards.shape[1], n_actions), dtype=bool)
-        taken.update({name: take_array(arrays, name, like, rows) for name in self.MASKS if name in arrays})
+        loaded.update({name: take_array(arrays, name, like, rows) for name in self.MASKS if name in arrays})
         self.obs_store.restore(arrays, rows, next_row)
-        self.has_cuts = bool(taken["cuts"].any())
-        vars(self).update(taken)
+        self.has_cuts = bool(loaded["cuts"].any())
+        vars(self).update(loaded)
         self.rows = rows
-        self.written = next_row
-        self.edits += 1
+        self.n_writes = next_row
+        self.n_edits += 1

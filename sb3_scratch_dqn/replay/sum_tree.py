@@ -1,8 +1,8 @@
-"""A tree of sums, to draw an index with a probability in proportion to its value.
+"""A sum tree, to sample an index with a probability proportional to its value.
 
-Every node has ``WIDTH`` children and holds their sum, up to a top of so few sums that their running sum is computed at
-each search: a million values take two levels and a top of 977 sums. A batch of indices is found by one vectorised step
-a level. A sum is always computed anew from the children, never adjusted, so no error builds up.
+Every node has ``WIDTH`` children and holds their sum. The top level has few sums, whose running sum each search
+computes: a million values take two levels and a top of 977 sums. A search takes one vectorised step per level for a
+batch of indices. Sums are always recomputed from the children, never adjusted, so rounding errors do not accumulate.
 """
 
 from typing import Any
@@ -18,20 +18,20 @@ _LARGEST_TOP = 4096
 
 
 class SumTree:
-    """Values that are not negative, and their sums. Room for them is reserved first, and all are 0 to begin with."""
+    """Non-negative values and their sums. Call :meth:`reserve` before :meth:`set`; initially all values are 0."""
 
     def __init__(self) -> None:
-        # From the values up to the top; each level but the top is (parents, WIDTH), one row for each sum above it
+        # From the values to the top; each level except the top is (parents, WIDTH), one row for each sum above it
         self.levels: list[Floats] = [np.zeros((1, WIDTH))]
         self.top: Floats = np.zeros(1)
 
     @property
     def capacity(self) -> int:
-        """The number of values."""
+        """The allocated number of values."""
         return self.levels[0].size
 
     def reserve(self, capacity: int) -> None:
-        """Have room for at least ``capacity`` values; it doubles, so that growing costs little in the long run."""
+        """Allocate at least ``capacity`` values; the size at least doubles, so the amortised cost is constant."""
         if capacity <= self.capacity:
             return
         values = np.zeros((-(-max(capacity, 2 * self.capacity) // WIDTH), WIDTH))
@@ -56,32 +56,32 @@ class SumTree:
         return float(_running_sums(self.top)[-1])
 
     def set(self, indices: Indices, values: Floats | float) -> None:
-        """Set some values; where an index comes twice, the last value counts.
+        """Set values; if an index occurs twice, the last value counts.
 
         :param indices: ``(B,)``
-        :param values: ``(B,)``, or one for all
+        :param values: ``(B,)``, or a scalar for all
         """
         self.levels[0].reshape(-1)[indices] = values
         for children, parents in zip(self.levels, (*self.levels[1:], self.top), strict=True):
             indices = indices // WIDTH
             parents.reshape(-1)[indices] = np.add.reduce(children.take(indices, axis=0), axis=1)
 
-    def find(self, parts: Floats) -> Indices:
-        """Find the index at which the running sum of the values first exceeds a part of the total.
+    def find(self, fractions: Floats) -> Indices:
+        """Return the indices at which the running sum of the values first exceeds fractions of the total.
 
-        :param parts: ``(B,)``, each from 0 to 1
+        :param fractions: ``(B,)``, each from 0 to 1
         :return: ``(B,)``, never the index of a value of 0
         """
         running = _running_sums(self.top)
-        sums = parts * running[-1]
+        sums = fractions * running[-1]
         nodes = _first_above(running, sums)
         sums -= running[nodes]
         for level in reversed(self.levels):
-            # The rows of all nodes in one line, and one running sum over it: each row begins where the one before ends
+            # One running sum over the concatenated rows of all nodes: each row begins where the previous one ends
             running = _running_sums(level.take(nodes, axis=0).reshape(-1))
             sums += running[:-1:WIDTH]
-            # A node's sum and the sum of its row may differ by rounding, so that a sum may fall into a neighbour's row.
-            # Wherever it falls there is a value that is not 0, because only these lift the running sum
+            # A node's sum and the sum of its row may differ by rounding, so a search may end in a neighbouring row. It
+            # always ends at a value that is not 0, because only these increase the running sum
             found = _first_above(running, sums)
             sums -= running[found]
             nodes = nodes[found // WIDTH] * WIDTH + found % WIDTH
@@ -89,7 +89,7 @@ class SumTree:
 
 
 def _running_sums(values: Floats) -> Floats:
-    """The sums of the first 0, 1, 2 ... of ``values``."""
+    """Return the sums of the first 0, 1, 2 ... ``values``."""
     sums = np.empty(len(values) + 1)
     sums[0] = 0.0
     np.add.accumulate(values, out=sums[1:])
@@ -97,10 +97,11 @@ def _running_sums(values: Floats) -> Floats:
 
 
 def _first_above(running: Floats, sums: Floats) -> Indices:
-    """The index of the value with which a running sum first exceeds each of ``sums``, or else of the last to lift it.
+    """Return the index of the value with which a running sum first exceeds each of ``sums``.
 
-    :param running: as :func:`_running_sums` gives it
-    :param sums: ``(B,)``; those of the last case are lowered to what is below the total
+    :param running: from :func:`_running_sums`
+    :param sums: ``(B,)``; modified in place: sums of at least the total are lowered to just below it
+    :return: ``(B,)``
     """
     total = running[-1]
     if sums.max() >= total:

@@ -1,11 +1,11 @@
-r"""What the network's output means.
+r"""Heads: how to interpret network outputs.
 
-A network gives ``(B, A, K)`` numbers: ``K`` for each of ``A`` actions in each of ``B`` states. A head says how many,
-what action values they stand for, and how far a prediction is from a target. The Bellman update in
-:mod:`sb3_scratch_dqn.values.td` knows nothing more of them.
+A network returns ``(B, A, K)`` outputs: ``K`` for each of ``A`` actions in each of ``B`` states. A head defines what
+they are, the action values that follow from them, and the loss between a prediction and its target. The Bellman
+update in :mod:`sb3_scratch_dqn.values.td` uses nothing else.
 
 ====================  =======================================================  =======================
-head                  the ``K`` outputs of an action                           distance to the target
+head                  the ``K`` outputs of an action                           loss
 ====================  =======================================================  =======================
 ``"expected"``        its value                                                Huber or squared
 ``"c51"``             logits of the probabilities of ``n_atoms`` fixed returns  cross-entropy
@@ -16,38 +16,23 @@ head                  the ``K`` outputs of an action                           d
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch as th
-from torch.nn import functional as F
+from jaxtyping import Float
+from torch import Tensor
 
-from sb3_scratch_dqn.common.checks import check_arguments, check_choice, check_count, check_number
-
-# (prediction, target) -> error, elementwise
-Loss = Callable[[th.Tensor, th.Tensor], th.Tensor]
-
-
-def huber(prediction: th.Tensor, target: th.Tensor) -> th.Tensor:
-    """Squared near zero, linear beyond 1 (https://www.nature.com/articles/nature14236, "error clipping")."""
-    return F.smooth_l1_loss(prediction, target, reduction="none")
-
-
-def squared(prediction: th.Tensor, target: th.Tensor) -> th.Tensor:
-    """The squared error of https://arxiv.org/abs/1312.5602."""
-    return F.mse_loss(prediction, target, reduction="none")
-
-
-LOSSES: dict[str, Loss] = {"huber": huber, "mse": squared}
-
-# The means of these errors, in one operation instead of two; the same bits
-MEANS: dict[Loss, Loss] = {huber: F.smooth_l1_loss, squared: F.mse_loss}
+from sb3_scratch_dqn.common.checks import check_choice, check_count, check_kwargs, check_number
+from sb3_scratch_dqn.values.losses import Loss, quantile_regression
 
 
 class ValueHead(Protocol):
     """The interface of a head.
 
-    :param n_outputs: ``K``, the numbers that the network gives for each action
+    :param n_outputs: width of the network's last layer per action. It is ``K``, except for IQN, whose network returns
+        this many numbers for each fraction
     :param outputs_are_returns: whether outputs are returns, which can be shifted, and averaged over actions
     """
 
@@ -56,72 +41,110 @@ class ValueHead(Protocol):
 
     @property
     def supported_losses(self) -> tuple[str, ...]:
-        """Names of the elementwise errors that :meth:`losses` can be given."""
+        """Names of the elementwise losses that :meth:`losses` accepts."""
 
-    def q_values(self, outputs: th.Tensor) -> th.Tensor:
-        """Action values.
+    def q_values(self, outputs: Float[Tensor, "B A K"]) -> Float[Tensor, "B A"]:
+        """Return action values.
 
-        :param outputs: of the network, ``(B, A, K)``
-        :return: ``(B, A)``
+        :param outputs: of the network
         """
 
-    def backup(self, next_outputs: th.Tensor, returns: th.Tensor, discounts: th.Tensor) -> th.Tensor:
-        """What the outputs should have been.
+    def backup(
+        self, next_outputs: Float[Tensor, "B K"], returns: Float[Tensor, "B"], discounts: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B *target"]:
+        """Compute the target of the outputs.
 
-        :param next_outputs: of the target network for the next states and the actions chosen there, ``(B, K)``
-        :param returns: rewards up to the next states, ``(B,)``
-        :param discounts: what the next states count, ``(B,)``
+        :param next_outputs: of the target network for the next states and the actions chosen there
+        :param returns: discounted sums of the rewards before the next states
+        :param discounts: factors of the next states' values
         :return: a target for :meth:`losses`
         """
 
-    def losses(self, outputs: th.Tensor, target: th.Tensor, loss: Loss) -> tuple[th.Tensor, th.Tensor]:
-        """How far the outputs are from their target.
+    def losses(
+        self, outputs: Float[Tensor, "B K"], target: Float[Tensor, "B *target"], loss: Loss
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+        """Compute the per-sample losses.
 
-        :param outputs: of the online network for the actions taken, ``(B, K)``
-        :param target: as :meth:`backup` gave it
-        :param loss: the elementwise error
-        :return: the loss of each sample and its priority in replay, without gradient, each ``(B,)``
+        :param outputs: of the online network for the actions taken
+        :param target: from :meth:`backup`
+        :param loss: the elementwise loss
+        :return: losses, and replay priorities, which have no gradient
         """
 
-    def moments(self, outputs: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        """What the outputs and their target say of the returns, for people to look at.
+    def moments(
+        self, outputs: Float[Tensor, "B K"], target: Float[Tensor, "B *target"]
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"], Float[Tensor, "B"] | None]:
+        """Compute statistics of the predicted returns, for the logger.
 
-        :param outputs: as :meth:`losses` gets them
-        :param target: as :meth:`backup` gave it
-        :return: means of the predicted returns, means of the target, and standard deviations of the predicted returns,
-            each ``(B,)``; ``None`` for the last if the head knows no distribution
+        :param outputs: as for :meth:`losses`
+        :param target: from :meth:`backup`
+        :return: means of the predicted returns, means of the target, and standard deviations of the predicted returns;
+            ``None`` for the last if the head does not model a distribution
         """
 
 
 class ExpectedHead:
-    """One number an action: its expected return (Mnih et al. 2015, https://www.nature.com/articles/nature14236)."""
+    """One output per action: its expected return (Mnih et al. 2015, https://www.nature.com/articles/nature14236)."""
 
     n_outputs = 1
     outputs_are_returns = True
     supported_losses = ("huber", "mse")
 
-    def q_values(self, outputs: th.Tensor) -> th.Tensor:
-        """The outputs themselves, ``(B, A, 1)`` to ``(B, A)``."""
+    def q_values(self, outputs: Float[Tensor, "B A 1"]) -> Float[Tensor, "B A"]:
+        """Return the outputs."""
         return outputs.squeeze(2)
 
-    def backup(self, next_outputs: th.Tensor, returns: th.Tensor, discounts: th.Tensor) -> th.Tensor:
-        r""":math:`R + \gamma^k (1 - \text{terminated}) Q_\text{target}(s', a')`, ``(B,)``."""
+    def backup(
+        self, next_outputs: Float[Tensor, "B 1"], returns: Float[Tensor, "B"], discounts: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B"]:
+        r"""Return :math:`R + \gamma^k (1 - \text{terminated}) Q_\text{target}(s', a')`."""
         return returns + discounts * next_outputs.squeeze(1)
 
-    def losses(self, outputs: th.Tensor, target: th.Tensor, loss: Loss) -> tuple[th.Tensor, th.Tensor]:
-        """The loss of each TD error, and its absolute value as priority."""
+    def losses(
+        self, outputs: Float[Tensor, "B 1"], target: Float[Tensor, "B"], loss: Loss
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+        """Return the losses, and the absolute TD errors as priorities."""
         predicted = outputs.squeeze(1)
         return loss(predicted, target), (target - predicted.detach()).abs()
 
-    def moments(self, outputs: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor, None]:
-        """The outputs and the target."""
+    def moments(
+        self, outputs: Float[Tensor, "B 1"], target: Float[Tensor, "B"]
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"], None]:
+        """Return the outputs and the target."""
         return outputs.squeeze(1), target, None
 
 
-# Numbers that never change, each kept for good once somebody asked for it: a recorded update reads it where it lies
-_Constants = dict[tuple[th.dtype, th.device], th.Tensor]
+class Constant:
+    """A tensor that never changes, created once per dtype and device and then kept.
 
-# Distances between atoms are computed with 32 bits
+    Captured CUDA graphs read it at its address, so it is never freed or replaced.
+
+    :param make: another tensor -> the constant with the dtype and on the device of that tensor
+    """
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        self._make = make
+        self._tensors: dict[tuple[th.dtype, th.device], Tensor] = {}
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Return the constant with the dtype and on the device of a tensor."""
+        key = tensor.dtype, tensor.device
+        if key not in self._tensors:
+            self._tensors[key] = self._make(tensor)
+        return self._tensors[key]
+
+
+def evenly_spaced(low: float, high: float, n: int, like: Tensor) -> Float[Tensor, "{n}"]:
+    """Return ``n`` numbers from ``low`` to ``high``, with the dtype and on the device of ``like``."""
+    return th.linspace(low, high, n, dtype=like.dtype, device=like.device)
+
+
+def midpoints(n: int, like: Tensor) -> Float[Tensor, "{n}"]:
+    """Return the midpoints of ``n`` equal parts of [0, 1], with the dtype and on the device of ``like``."""
+    return (th.arange(n, dtype=like.dtype, device=like.device) + 0.5) / n
+
+
+# Distances between atoms are computed in float32
 _LARGEST = 1e30
 
 
@@ -131,13 +154,13 @@ class CategoricalHead:
     The outputs are logits of the probabilities :math:`p_i` of the atoms
     :math:`z_i = v_\min + i \Delta z,\ \Delta z = (v_\max - v_\min) / (n - 1)`.
 
-    :param n_atoms: how many returns the distribution knows, at least 2
-    :param v_min: the lowest
-    :param v_max: the highest
+    :param n_atoms: number of atoms, at least 2
+    :param v_min: the lowest atom
+    :param v_max: the highest atom
     """
 
     outputs_are_returns = False
-    supported_losses = ("huber",)  # the default of ScratchDQN, of which cross-entropy has no use
+    supported_losses = ("huber",)  # the default of ScratchDQN; cross-entropy does not use it
 
     def __init__(self, n_atoms: int = 51, v_min: float = -10.0, v_max: float = 10.0) -> None:
         check_count("n_atoms", n_atoms, minimum=2)
@@ -146,38 +169,34 @@ class CategoricalHead:
         if not v_min < v_max:
             raise ValueError(f"v_min={v_min!r} must be below v_max={v_max!r}")
         if not math.isfinite(float(v_max) - float(v_min)) or max(abs(v_min), abs(v_max)) > _LARGEST:
-            raise ValueError(f"v_min={v_min!r} and v_max={v_max!r} must lie between -{_LARGEST} and {_LARGEST}")
+            raise ValueError(f"v_min={v_min!r} and v_max={v_max!r} must be between -{_LARGEST} and {_LARGEST}")
         atoms = np.linspace(v_min, v_max, int(n_atoms)).astype(np.float32)[[0, 1, -2, -1]]
         if not (atoms[0] < atoms[1] and atoms[2] < atoms[3]):
-            raise ValueError(f"v_min={v_min!r} and v_max={v_max!r} are too close for {n_atoms} atoms in 32 bits")
+            raise ValueError(f"v_min={v_min!r} and v_max={v_max!r} are too close for {n_atoms} atoms in float32")
         self.n_outputs = int(n_atoms)
         self.v_min, self.v_max = float(v_min), float(v_max)
-        self._atoms: _Constants = {}
+        self._atoms = Constant(partial(evenly_spaced, self.v_min, self.v_max, self.n_outputs))
 
-    def _atoms_like(self, tensor: th.Tensor) -> th.Tensor:
-        kind = tensor.dtype, tensor.device
-        if kind not in self._atoms:
-            self._atoms[kind] = th.linspace(self.v_min, self.v_max, self.n_outputs, dtype=kind[0], device=kind[1])
-        return self._atoms[kind]
+    def q_values(self, outputs: Float[Tensor, "B A K"]) -> Float[Tensor, "B A"]:
+        r"""Return :math:`\sum_i p_i z_i`."""
+        return outputs.softmax(dim=-1) @ self._atoms.like(outputs)
 
-    def q_values(self, outputs: th.Tensor) -> th.Tensor:
-        r""":math:`\sum_i p_i z_i`, ``(B, A, K)`` to ``(B, A)``."""
-        return outputs.softmax(dim=-1) @ self._atoms_like(outputs)
-
-    def backup(self, next_outputs: th.Tensor, returns: th.Tensor, discounts: th.Tensor) -> th.Tensor:
-        r"""The next state's distribution, discounted, shifted and projected onto the atoms, ``(B, K)``.
+    def backup(
+        self, next_outputs: Float[Tensor, "B K"], returns: Float[Tensor, "B"], discounts: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B K"]:
+        r"""Return the next state's distribution, discounted, shifted and projected onto the atoms.
 
         The probability of :math:`R + \gamma^k (1 - \text{terminated}) z_j`, clipped to the range of the atoms, is
-        shared between the two atoms beside it in proportion to their nearness.
+        divided between the two nearest atoms in proportion to their proximity.
         """
         probabilities = next_outputs.softmax(dim=1)
-        moved = returns.unsqueeze(1) + discounts.unsqueeze(1) * self._atoms_like(next_outputs)
+        moved = returns.unsqueeze(1) + discounts.unsqueeze(1) * self._atoms.like(next_outputs)
         last = self.n_outputs - 1
         # In units of atoms, counted from the lowest
         position = (moved.clamp(self.v_min, self.v_max) - self.v_min) * (last / (self.v_max - self.v_min))
         below = position.floor()
         share_above = position - below
-        # Rounding may exceed the last atom; what is no number has no place at all, and its probability shows it
+        # Rounding may exceed the last atom. A NaN position becomes a valid index; its probability remains NaN
         below_index = below.long().clamp(0, last)
         target = th.zeros_like(probabilities)
         target.scatter_add_(1, below_index, probabilities * (1 - share_above))
@@ -185,39 +204,22 @@ class CategoricalHead:
         target.scatter_add_(1, (below_index + 1).clamp(max=last), probabilities * share_above)
         return target
 
-    def losses(self, outputs: th.Tensor, target: th.Tensor, loss: Loss) -> tuple[th.Tensor, th.Tensor]:
-        """The cross-entropy of target and prediction; as priority their Kullback-Leibler divergence."""
+    def losses(
+        self, outputs: Float[Tensor, "B K"], target: Float[Tensor, "B K"], loss: Loss
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+        """Return the cross-entropies of target and prediction, and their Kullback-Leibler divergences as priorities."""
         losses = -(target * outputs.log_softmax(dim=1)).sum(dim=1)
         target_entropies = -th.special.xlogy(target, target).sum(dim=1)
         return losses, (losses.detach() - target_entropies).clamp(min=0)
 
-    def moments(self, outputs: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """Means and standard deviations of the distributions."""
-        atoms, probabilities = self._atoms_like(outputs), outputs.softmax(dim=1)
+    def moments(
+        self, outputs: Float[Tensor, "B K"], target: Float[Tensor, "B K"]
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"], Float[Tensor, "B"]]:
+        """Return means and standard deviations of the distributions."""
+        atoms, probabilities = self._atoms.like(outputs), outputs.softmax(dim=1)
         means = probabilities @ atoms
         variances = (probabilities * (atoms - means.unsqueeze(1)) ** 2).sum(dim=1)
         return means, target @ atoms, variances.sqrt()
-
-
-def quantile_regression(predicted: th.Tensor, fractions: th.Tensor, target: th.Tensor, loss: Loss) -> th.Tensor:
-    r"""The loss of quantile regression (Dabney et al. 2017, https://arxiv.org/abs/1710.10044, equation 10).
-
-    .. math:: \sum_i \frac{1}{N'} \sum_j |\tau_i - [u_{ij} < 0]| \, L(u_{ij}), \qquad u_{ij} = y_j - \theta_i
-
-    With the Huber loss it is theirs; with the squared error the outputs become expectiles instead of quantiles.
-
-    :param predicted: :math:`\theta`, ``(B, N)``
-    :param fractions: :math:`\tau`, ``(B, N)`` or ``(N,)``
-    :param target: :math:`y`, ``(B, N')``
-    :param loss: :math:`L`
-    :return: ``(B,)``
-    """
-    pairs = (*predicted.shape, target.shape[1])  # (B, N, N')
-    theta, y = predicted.unsqueeze(2).expand(pairs), target.unsqueeze(1).expand(pairs)
-    below = (y < theta.detach()).to(predicted.dtype)
-    asymmetry = (fractions.unsqueeze(-1) - below).abs()
-    losses: th.Tensor = (asymmetry * loss(theta, y)).mean(dim=2).sum(dim=1)
-    return losses
 
 
 class QuantileHead:
@@ -232,51 +234,66 @@ class QuantileHead:
     def __init__(self, n_quantiles: int = 200) -> None:
         check_count("n_quantiles", n_quantiles)
         self.n_outputs = int(n_quantiles)
-        self._fractions: _Constants = {}
+        self._fractions = Constant(partial(midpoints, self.n_outputs))
 
-    def _fractions_like(self, tensor: th.Tensor) -> th.Tensor:
-        kind = tensor.dtype, tensor.device
-        if kind not in self._fractions:
-            self._fractions[kind] = midpoints(self.n_outputs, tensor)
-        return self._fractions[kind]
-
-    def q_values(self, outputs: th.Tensor) -> th.Tensor:
-        """The means of the quantiles, ``(B, A, K)`` to ``(B, A)``."""
+    def q_values(self, outputs: Float[Tensor, "B A K"]) -> Float[Tensor, "B A"]:
+        """Return the means of the quantiles."""
         return outputs.mean(dim=2)
 
-    def backup(self, next_outputs: th.Tensor, returns: th.Tensor, discounts: th.Tensor) -> th.Tensor:
-        """Every quantile discounted and shifted, ``(B, K)``."""
+    def backup(
+        self, next_outputs: Float[Tensor, "B K"], returns: Float[Tensor, "B"], discounts: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B K"]:
+        """Return every quantile, discounted and shifted."""
         return returns.unsqueeze(1) + discounts.unsqueeze(1) * next_outputs
 
-    def losses(self, outputs: th.Tensor, target: th.Tensor, loss: Loss) -> tuple[th.Tensor, th.Tensor]:
-        """The loss of quantile regression, which is the priority too."""
-        losses = quantile_regression(outputs, self._fractions_like(outputs), target, loss)
+    def losses(
+        self, outputs: Float[Tensor, "B K"], target: Float[Tensor, "B K"], loss: Loss
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+        """Return the losses of quantile regression, which are the priorities, too."""
+        losses = quantile_regression(outputs, self._fractions.like(outputs), target, loss)
         return losses, losses.detach()
 
-    def moments(self, outputs: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """Means and standard deviations of the quantiles."""
+    def moments(
+        self, outputs: Float[Tensor, "B K"], target: Float[Tensor, "B K"]
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"], Float[Tensor, "B"]]:
+        """Return means and standard deviations of the quantiles."""
         return outputs.mean(dim=1), target.mean(dim=1), outputs.std(dim=1, correction=0)
 
 
-def midpoints(n: int, like: th.Tensor) -> th.Tensor:
-    """The middles of ``n`` equal parts of [0, 1], ``(n,)``, of the dtype and on the device of ``like``."""
-    return (th.arange(n, dtype=like.dtype, device=like.device) + 0.5) / n
+class ImplicitQuantiles(NamedTuple):
+    """Quantiles of returns and the fractions at which they were computed: the outputs of IQN.
+
+    :param quantiles: of every action, or of the actions taken
+    :param fractions: between 0 and 1, one per quantile
+    """
+
+    quantiles: Float[Tensor, "*batch N"]
+    fractions: Float[Tensor, "*batch N"]
+
+    def pack(self) -> Float[Tensor, "*batch K"]:
+        """Concatenate quantiles and fractions to one tensor of ``K = 2 * N`` outputs."""
+        return th.cat(self, dim=-1)
+
+    @classmethod
+    def unpack(cls, outputs: Float[Tensor, "*batch K"]) -> "ImplicitQuantiles":
+        """Return views of the quantiles and fractions in a packed tensor."""
+        return cls(*outputs.chunk(2, dim=-1))
 
 
 class ImplicitQuantileHead:
     r"""IQN: quantiles of the return at sampled fractions (Dabney et al. 2018, https://arxiv.org/abs/1806.06923).
 
-    The network takes the fractions as an input. Its outputs carry them: of the ``K`` outputs of an action the first
-    half are quantiles, the second half the fractions that they belong to.
+    The network takes the fractions as an input and returns one quantile per action and fraction. Its outputs are
+    packed :class:`ImplicitQuantiles`: the losses need the fractions as well.
 
-    :param n_tau: fractions sampled for the predictions, :math:`N`
-    :param n_tau_prime: fractions sampled for the targets, :math:`N'`
-    :param n_tau_act: fractions for choosing actions; where the paper samples :math:`K`, these are the middles of as
-        many equal parts of [0, 1], so that the same observation always gets the same action values
-    :param n_cos: cosines that a fraction is embedded by
+    :param n_tau: number of fractions sampled for the predictions, :math:`N`
+    :param n_tau_prime: number of fractions sampled for the targets, :math:`N'`
+    :param n_tau_act: number of fractions for choosing actions. The paper samples :math:`K` of them; here they are the
+        midpoints of equal parts of [0, 1], so that the same observation always gets the same action values
+    :param n_cos: number of cosines in the embedding of a fraction
     """
 
-    n_outputs = 1  # for one fraction
+    n_outputs = 1
     outputs_are_returns = True
     supported_losses = ("huber", "mse")
 
@@ -293,28 +310,30 @@ class ImplicitQuantileHead:
         self.n_tau_act = int(n_tau_act)
         self.n_cos = int(n_cos)
 
-    def q_values(self, outputs: th.Tensor) -> th.Tensor:
-        """The means of the quantiles, ``(B, A, K)`` to ``(B, A)``."""
-        return _quantiles(outputs).mean(dim=2)
+    def q_values(self, outputs: Float[Tensor, "B A K"]) -> Float[Tensor, "B A"]:
+        """Return the means of the quantiles."""
+        return ImplicitQuantiles.unpack(outputs).quantiles.mean(dim=2)
 
-    def backup(self, next_outputs: th.Tensor, returns: th.Tensor, discounts: th.Tensor) -> th.Tensor:
-        """Every quantile discounted and shifted, ``(B, K / 2)``."""
-        return returns.unsqueeze(1) + discounts.unsqueeze(1) * _quantiles(next_outputs)
+    def backup(
+        self, next_outputs: Float[Tensor, "B K"], returns: Float[Tensor, "B"], discounts: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B K//2"]:
+        """Return every quantile, discounted and shifted."""
+        return returns.unsqueeze(1) + discounts.unsqueeze(1) * ImplicitQuantiles.unpack(next_outputs).quantiles
 
-    def losses(self, outputs: th.Tensor, target: th.Tensor, loss: Loss) -> tuple[th.Tensor, th.Tensor]:
-        """The loss of quantile regression at the sampled fractions, which is the priority too."""
-        quantiles, fractions = outputs.chunk(2, dim=1)
+    def losses(
+        self, outputs: Float[Tensor, "B K"], target: Float[Tensor, "B N_prime"], loss: Loss
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+        """Return the losses of quantile regression at the sampled fractions, which are the priorities, too."""
+        quantiles, fractions = ImplicitQuantiles.unpack(outputs)
         losses = quantile_regression(quantiles, fractions, target, loss)
         return losses, losses.detach()
 
-    def moments(self, outputs: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """Means and standard deviations of the quantiles."""
-        quantiles = _quantiles(outputs)
+    def moments(
+        self, outputs: Float[Tensor, "B K"], target: Float[Tensor, "B N_prime"]
+    ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"], Float[Tensor, "B"]]:
+        """Return means and standard deviations of the quantiles."""
+        quantiles = ImplicitQuantiles.unpack(outputs).quantiles
         return quantiles.mean(dim=1), target.mean(dim=1), quantiles.std(dim=1, correction=0)
-
-
-def _quantiles(outputs: th.Tensor) -> th.Tensor:
-    return outputs[..., : outputs.shape[-1] // 2]
 
 
 HEADS: dict[str, Callable[..., ValueHead]] = {
@@ -326,13 +345,13 @@ HEADS: dict[str, Callable[..., ValueHead]] = {
 
 
 def make_head(name: str, kwargs: dict[str, Any] | None = None) -> ValueHead:
-    """Make the head of this name.
+    """Create a head.
 
     :param name: one of ``HEADS``
     :param kwargs: its arguments
-    :raises ValueError: for a name or an argument that there is not
+    :raises ValueError: for an unknown name or argument
     """
     check_choice("head", name, HEADS)
     kwargs = {} if kwargs is None else kwargs
-    check_arguments("head_kwargs", kwargs, HEADS[name])
+    check_kwargs("head_kwargs", kwargs, HEADS[name])
     return HEADS[name](**kwargs)

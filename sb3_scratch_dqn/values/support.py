@@ -1,22 +1,25 @@
-"""Whether the support of C51 holds the returns of the environment.
+"""Warn if the returns of the environment leave the support of C51.
 
-What lies outside of it is clipped to its ends: values stay there, and training goes on as if nothing was wrong.
+Returns outside of the support are clipped to its ends: values saturate there, and training continues without an error.
 """
 
 import math
 import warnings
 
-from sb3_scratch_dqn.replay.observations import Array
+import numpy as np
+from jaxtyping import Shaped
+
 from sb3_scratch_dqn.values.heads import CategoricalHead
 
-# Episodes with returns outside of the support before it is said, so that the range that is suggested is no single case
+# Number of episodes with returns outside of the support before the warning, so that the suggested support does not rest
+# on one of them
 _EPISODES = 10
 
 
 class SupportMonitor:
-    """Follows the discounted returns of all steps, and warns once if some lie outside of the support.
+    """Compute the discounted returns of all steps, and warn once if some are outside of the support.
 
-    :param head: whose support it is
+    :param head: the head whose support is checked
     :param n_envs: number of environments
     """
 
@@ -26,16 +29,16 @@ class SupportMonitor:
         self._lowest, self._highest = math.inf, -math.inf
         self._lowest_reward, self._highest_reward = math.inf, -math.inf
         self._episodes_outside = 0
-        self._told = False
+        self._warned = False
 
-    def step(self, rewards: Array, dones: Array, gamma: float) -> None:
-        """Take in one step of every environment.
+    def step(self, rewards: Shaped[np.ndarray, "n_envs"], dones: Shaped[np.ndarray, "n_envs"], gamma: float) -> None:
+        """Record one step of every environment.
 
-        :param rewards: ``(n_envs,)``
-        :param dones: whether its episode ended, ``(n_envs,)``
+        :param rewards: rewards of the step
+        :param dones: whether the episode ended
         :param gamma: discount of one step
         """
-        if self._told:
+        if self._warned:
             return
         for env, (reward, done) in enumerate(zip(rewards.tolist(), dones.tolist(), strict=True)):
             self._rewards[env].append(reward)
@@ -44,7 +47,7 @@ class SupportMonitor:
                 self._rewards[env] = []
 
     def _end_episode(self, rewards: list[float], gamma: float) -> None:
-        """Compute the return of each step of an episode; a truncated one may have had larger ones."""
+        """Compute the return of each step of an episode; those of a truncated episode are incomplete."""
         lowest = highest = value = 0.0
         for reward in reversed(rewards):
             value = reward + gamma * value
@@ -52,33 +55,34 @@ class SupportMonitor:
         self._lowest, self._highest = min(self._lowest, lowest), max(self._highest, highest)
         self._lowest_reward = min(self._lowest_reward, *rewards)
         self._highest_reward = max(self._highest_reward, *rewards)
-        # Half the distance of two atoms is the error that the head makes anyway
+        # Half the distance of two atoms is the head's resolution
         margin = (self.head.v_max - self.head.v_min) / (self.head.n_outputs - 1) / 2
         if lowest < self.head.v_min - margin or highest > self.head.v_max + margin:
             self._episodes_outside += 1
-        if self._episodes_outside == _EPISODES and not self._told:
-            self._tell(gamma)
+        if self._episodes_outside == _EPISODES and not self._warned:
+            self._warn(gamma)
 
-    def _tell(self, gamma: float) -> None:
-        self._told = True
+    def _warn(self, gamma: float) -> None:
+        self._warned = True
         low, high = min(self._lowest, self.head.v_min), max(self._highest, self.head.v_max)
         bounds = ""
         if gamma < 1:
             ends = (min(self._lowest_reward, 0.0) / (1 - gamma), max(self._highest_reward, 0.0) / (1 - gamma))
             bounds = (
-                f"; with rewards from {self._lowest_reward:.4g} to {self._highest_reward:.4g}, no return can leave "
-                f"v_min={ends[0]:.4g}, v_max={ends[1]:.4g}"
+                f"; with rewards from {self._lowest_reward:.4g} to {self._highest_reward:.4g}, all returns are between "
+                f"v_min={ends[0]:.4g} and v_max={ends[1]:.4g}"
             )
         warnings.warn(
-            f"head_kwargs=dict(v_min={self.head.v_min:.4g}, v_max={self.head.v_max:.4g}) does not hold the returns, "
+            f"head_kwargs=dict(v_min={self.head.v_min:.4g}, v_max={self.head.v_max:.4g}) does not contain the returns, "
             f"which were {self._lowest:.4g} to {self._highest:.4g} (discounted) so far: values outside are clipped. "
-            f"head_kwargs=dict(v_min={_below(low):.4g}, v_max={-_below(-high):.4g}) would hold these{bounds}",
+            f"head_kwargs=dict(v_min={_round_down(low):.4g}, v_max={-_round_down(-high):.4g}) would contain "
+            f"them{bounds}",
             stacklevel=2,
         )
 
 
-def _below(value: float) -> float:
-    """Round down to two digits."""
+def _round_down(value: float) -> float:
+    """Round down to two significant digits."""
     if value == 0:
         return 0.0
     unit = 10.0 ** (math.floor(math.log10(abs(value))) - 1)

@@ -1,13 +1,13 @@
-r"""The Bellman update of the whole family.
+r"""The Bellman update of the whole DQN family.
 
-A batch is compared with a target: what the network says of the actions taken, with what it should have said. Two
-objects know the target, and are chosen once, at set-up:
+The outputs of the online network for the actions taken are compared with a target. Two classes compute targets; one of
+them is chosen once, at set-up:
 
 - :class:`GreedyTarget`: the return of the best next action (DQN, and with ``double_q`` Double DQN);
-- :class:`MunchausenTarget`: the return of a soft-greedy policy, plus a bonus for what that policy would have done.
+- :class:`MunchausenTarget`: the return of a soft-greedy policy, plus a bonus for the log-probability of the action.
 
-Conventions: ``B`` transitions, ``A`` actions, ``K`` network outputs an action. The losses come one a sample; weighting
-and averaging them is the engine's business.
+Conventions: ``B`` transitions, ``A`` actions, ``K`` network outputs per action. The losses are per sample; the engine
+weights and averages them.
 """
 
 from collections.abc import Callable
@@ -15,40 +15,44 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch as th
-from stable_baselines3.common.type_aliases import PyTorchObs
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
 
-from sb3_scratch_dqn.common.overriding import replaced
-from sb3_scratch_dqn.replay.batch import Batch
-from sb3_scratch_dqn.values.heads import MEANS, ExpectedHead, Loss, ValueHead
+from sb3_scratch_dqn.replay.batch import Batch, BatchedObs
+from sb3_scratch_dqn.values.heads import ValueHead
+from sb3_scratch_dqn.values.losses import Loss
 from sb3_scratch_dqn.values.masks import masked_argmax, masked_log_softmax
 
-# Observations -> (B, A, K)
-Network = Callable[[PyTorchObs], th.Tensor]
+# Observations -> outputs
+Network = Callable[[BatchedObs], Float[Tensor, "B A K"]]
 
-# Observations, and what the target network says of them, (B, A, K) -> the action values to choose by, (B, A)
-Selector = Callable[[PyTorchObs, th.Tensor], th.Tensor]
+# Observations -> action values
+ValueFunction = Callable[[BatchedObs], Float[Tensor, "B A"]]
+
+# Observations, and the outputs of the target network for them -> the action values to choose by
+Selector = Callable[[BatchedObs, Float[Tensor, "B A K"]], Float[Tensor, "B A"]]
 
 # Batch -> a target for the losses of the head
-Target = Callable[[Batch], th.Tensor]
+Target = Callable[[Batch], Float[Tensor, "B *target"]]
 
 
 class TDLosses(NamedTuple):
-    """What one update is made of.
+    """The results of comparing a batch with its target.
 
-    :param losses: one a sample, ``(B,)``
-    :param priorities: in replay, without gradient, ``(B,)``
-    :param outputs: what the network said of the actions taken, ``(B, K)``
-    :param target: what it should have said, as the head has it
+    :param losses: per-sample losses
+    :param priorities: replay priorities, without gradient
+    :param outputs: outputs of the online network for the actions taken
+    :param target: their target, in the form that the head defines
     """
 
-    losses: th.Tensor
-    priorities: th.Tensor
-    outputs: th.Tensor
-    target: th.Tensor
+    losses: Float[Tensor, "B"]
+    priorities: Float[Tensor, "B"]
+    outputs: Float[Tensor, "B K"]
+    target: Float[Tensor, "B *target"]
 
 
-def at_actions(outputs: th.Tensor, actions: th.Tensor) -> th.Tensor:
-    """Pick one action a sample: ``(B, A, K)`` at ``(B,)`` gives ``(B, K)``."""
+def at_actions(outputs: Shaped[Tensor, "B A K"], actions: Int64[Tensor, "B"]) -> Shaped[Tensor, "B K"]:
+    """Select the outputs of one action per sample."""
     index = actions.view(-1, 1, 1).expand(-1, 1, outputs.shape[2])
     return outputs.gather(1, index).squeeze(1)
 
@@ -57,21 +61,20 @@ def at_actions(outputs: th.Tensor, actions: th.Tensor) -> th.Tensor:
 class GreedyTarget:
     """The return of the best next action.
 
-    Which action is best says the target network (Mnih et al. 2015, https://www.nature.com/articles/nature14236), or
-    the online network (van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461); what it is worth, always the
-    target network.
+    The target network chooses the action (Mnih et al. 2015, https://www.nature.com/articles/nature14236), or the online
+    network does (van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461). The target network always evaluates it.
 
-    :param target_network: values the next states
-    :param selector: chooses the actions there
-    :param head: what the outputs of the networks mean
+    :param target_network: computes the outputs for the next states
+    :param selector: computes the values by which the next actions are chosen
+    :param head: interprets the outputs of the networks
     """
 
     target_network: Network
     selector: Selector
     head: ValueHead
 
-    def __call__(self, batch: Batch) -> th.Tensor:
-        """The target of each transition."""
+    def __call__(self, batch: Batch) -> Float[Tensor, "B *target"]:
+        """Return the targets of a batch."""
         next_outputs = self.target_network(batch.next_observations)
         values = self.selector(batch.next_observations, next_outputs)
         next_outputs = at_actions(next_outputs, masked_argmax(values, batch.next_action_masks))
@@ -79,11 +82,11 @@ class GreedyTarget:
 
 
 class MunchausenSettings(NamedTuple):
-    """What :class:`MunchausenTarget` can be told; the paper's values by default.
+    """Settings of :class:`MunchausenTarget`; the defaults are the paper's.
 
-    :param tau: the temperature of the policy
-    :param alpha: how much the bonus counts
-    :param clip: the lowest that the bonus can be, before ``alpha``
+    :param tau: temperature of the policy
+    :param alpha: factor of the bonus
+    :param clip: lower bound of the bonus, applied before ``alpha``
     """
 
     tau: float = 0.03
@@ -98,24 +101,24 @@ class MunchausenTarget:
     .. math:: r + \alpha [\tau \ln \pi(a|s)]_{l_0}^0
               + \gamma \sum_{a'} \pi(a'|s') \left(z(s', a') - \tau \ln \pi(a'|s')\right)
 
-    with :math:`z` the outputs of the target network, whatever distribution they stand for. :math:`q` are values of the
-    target network; with double Q-learning, of the online network.
+    with :math:`z` the outputs of the target network, for any distribution that they represent. :math:`q` are action
+    values of the target network; with double Q-learning, of the online network.
 
-    :param target_network: values the next states
-    :param selector: says what the policy is there
-    :param values: says what it is in the states that actions were taken in: observations -> ``(B, A)``
-    :param head: what the outputs of the networks mean; they must be returns
+    :param target_network: computes the outputs for the next states
+    :param selector: computes :math:`q` of the next states
+    :param values: computes :math:`q` of the states in which the actions were taken
+    :param head: interprets the outputs of the networks, which must be returns
     :param settings: :math:`\tau`, :math:`\alpha` and :math:`l_0`
     """
 
     target_network: Network
     selector: Selector
-    values: Callable[[PyTorchObs], th.Tensor]
+    values: ValueFunction
     head: ValueHead
     settings: MunchausenSettings
 
-    def __call__(self, batch: Batch) -> th.Tensor:
-        """The target of each transition."""
+    def __call__(self, batch: Batch) -> Float[Tensor, "B *target"]:
+        """Return the targets of a batch."""
         tau, alpha, clip = self.settings
         next_outputs = self.target_network(batch.next_observations)
         next_values = self.selector(batch.next_observations, next_outputs)
@@ -130,11 +133,11 @@ class MunchausenTarget:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is to be learned, as settings.
+    """The learning objective, as settings.
 
-    :param loss: the elementwise error
+    :param loss: the elementwise loss
     :param double_q: whether the online network chooses the next actions
-    :param munchausen: of :class:`MunchausenTarget`; ``None`` for a greedy target
+    :param munchausen: settings of :class:`MunchausenTarget`; ``None`` for a greedy target
     """
 
     loss: Loss
@@ -143,25 +146,26 @@ class Objective:
 
 
 class TargetNetwork(Protocol):
-    """What a network must be able to do to serve as target network, and as online network of double Q-learning."""
+    """The interface of a target network, and of the online network of double Q-learning."""
 
-    def target_outputs(self, obs: PyTorchObs) -> th.Tensor:
-        """Observations -> ``(B, A, K)``."""
+    def target_outputs(self, obs: BatchedObs) -> Float[Tensor, "B A K"]:
+        """Return the outputs from which targets are computed."""
 
-    def q_values_from(self, obs: PyTorchObs, target_outputs: th.Tensor) -> th.Tensor:
-        """Observations and their :meth:`target_outputs` -> ``(B, A)``."""
+    def q_values_from(self, obs: BatchedObs, target_outputs: Float[Tensor, "B A K"]) -> Float[Tensor, "B A"]:
+        """Return the action values of observations whose :meth:`target_outputs` are known."""
 
-    def evaluate(self, obs: PyTorchObs) -> th.Tensor:
-        """Observations -> ``(B, A)``, without what belongs to training."""
+    def evaluate(self, obs: BatchedObs) -> Float[Tensor, "B A"]:
+        """Return action values, computed in evaluation mode."""
 
 
 def make_target(objective: Objective, network: TargetNetwork, target_network: TargetNetwork, head: ValueHead) -> Target:
-    """Choose what makes the targets.
+    """Choose how targets are computed.
 
-    :param objective: what is to be learned
+    :param objective: the learning objective
     :param network: the online network
     :param target_network: the target network
-    :param head: what the outputs of both mean
+    :param head: interprets the outputs of both
+    :return: batch -> target
     """
     selector: Selector = (lambda obs, _: network.evaluate(obs)) if objective.double_q else target_network.q_values_from
     if objective.munchausen is None:
@@ -170,41 +174,28 @@ def make_target(objective: Objective, network: TargetNetwork, target_network: Ta
     return MunchausenTarget(target_network.target_outputs, selector, values, head, objective.munchausen)
 
 
-def predict(batch: Batch, network: Network, target_fn: Target) -> tuple[th.Tensor, th.Tensor]:
-    """What the network says of a batch, and what it should have said.
+def predict(
+    batch: Batch, network: Network, target_fn: Target
+) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B *target"]]:
+    """Compute the outputs for the actions taken, and their target.
 
     :param batch: the transitions
-    :param network: the online network, which gets the gradient
-    :param target_of: says what it should have said; gets no gradient
-    :return: outputs for the actions taken, ``(B, K)``, and a target for the losses of the head
+    :param network: the online network
+    :param target_fn: computes the target; called without gradient
     """
     with th.no_grad():
         target = target_fn(batch)
     return at_actions(network(batch.observations), batch.actions), target
 
 
-def mean_loss(outputs: th.Tensor, target: th.Tensor, head: ValueHead, loss: Loss) -> th.Tensor:
-    """The mean of the losses of the head, in as few operations as its kind allows; the same bits.
-
-    :param outputs: of the online network for the actions taken, ``(B, K)``
-    :param target: what they should have been
-    :param head: what they mean
-    :param loss: the elementwise error
-    """
-    mean = MEANS.get(loss)
-    if mean is None or replaced(head, ExpectedHead, "losses"):
-        return head.losses(outputs, target, loss)[0].mean()
-    return mean(outputs.squeeze(1), target)
-
-
 def td_losses(batch: Batch, network: Network, target_fn: Target, head: ValueHead, loss: Loss) -> TDLosses:
-    """Compare what the network says of a batch with what it should have said.
+    """Compute the per-sample losses of a batch.
 
     :param batch: the transitions
-    :param network: the online network, which gets the gradient
-    :param target_of: says what it should have said; gets no gradient
-    :param head: what the outputs of the network mean
-    :param loss: the elementwise error
+    :param network: the online network
+    :param target_fn: computes the target; called without gradient
+    :param head: interprets the outputs of the network
+    :param loss: the elementwise loss
     """
     outputs, target = predict(batch, network, target_fn)
     losses, priorities = head.losses(outputs, target, loss)

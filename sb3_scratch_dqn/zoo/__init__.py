@@ -1,4 +1,4 @@
-"""What this package adds to RL Baselines3 Zoo: the algorithm, its settings files, its search space."""
+"""Registration in RL Baselines3 Zoo: the algorithm, its hyperparameter files and its search space."""
 
 from sb3_scratch_dqn.zoo.registration import register, register_in
 

@@ -1,6 +1,6 @@
-"""What a hyperparameter search of RL Zoo tries, and how the tried values become settings.
+"""Search space of RL Zoo's ``-optimize``, and the conversion of sampled values to settings.
 
-A search draws from the default space below, or from one that a settings file declares for an environment:
+A search samples from the default space below, or from the space that a hyperparameter file declares for an environment:
 
 .. code-block:: yaml
 
@@ -8,9 +8,9 @@ A search draws from the default space below, or from one that a settings file de
       learning_rate: {low: 1.0e-5, high: 1.0e-1, log: true}   # a number from a range
       batch_size: [32, 64, 128]                               # one of these
 
-A range is of whole numbers where both of its ends are. The names are those of ``ScratchDQN``'s arguments, or of
-``DERIVED`` for settings that are searched in another form than they are set in. Where one switch has no meaning beside
-another that was drawn, it is left off.
+A range yields whole numbers if both of its bounds are. Names are arguments of ``ScratchDQN``, or keys of ``DERIVED``
+for settings that are searched in another form. A switch that cannot be combined with other sampled values is switched
+off.
 """
 
 import math
@@ -21,7 +21,7 @@ import optuna
 
 NET_ARCHS = {"small": [64, 64], "medium": [256, 256], "big": [400, 300]}
 
-# One dict for each setting: a list is a choice, a mapping a range
+# Setting -> list of choices, or bounds of a range
 DEFAULT_SPACE: dict[str, Any] = {
     "learning_rate": {"low": 1e-5, "high": 5e-3, "log": True},
     "one_minus_gamma": {"low": 1e-4, "high": 0.03, "log": True},
@@ -44,16 +44,16 @@ DEFAULT_SPACE: dict[str, Any] = {
     "prioritized": [False, True],
 }
 
-# With HerReplayBuffer also
+# Searched as well with HerReplayBuffer
 HER_SPACE: dict[str, Any] = {
     "n_sampled_goal": {"low": 1, "high": 5},
     "goal_selection_strategy": ["final", "episode", "future"],
 }
 
-# That buffer does not know these
-_NOT_WITH_HER = ("prioritized", "n_steps")
+# Settings that HerReplayBuffer does not support
+_UNSUPPORTED_BY_HER = ("prioritized", "n_steps")
 
-# Fewer fractions than the papers have: a search is long enough
+# Fewer fractions than in the papers, to shorten the search
 _HEAD_KWARGS: dict[str, dict[str, Any]] = {
     "expected": {},
     "c51": {},
@@ -61,7 +61,7 @@ _HEAD_KWARGS: dict[str, dict[str, Any]] = {
     "iqn": {"n_tau": 8, "n_tau_prime": 8, "n_tau_act": 16},
 }
 
-# Searched value -> settings
+# Name in the search space -> function from the sampled value to settings
 DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "one_minus_gamma": lambda value: {"gamma": 1 - value},
     "batch_size_pow": lambda value: {"batch_size": 2**value},
@@ -69,36 +69,35 @@ DERIVED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "head": lambda value: {"policy_kwargs": {"head": value, "head_kwargs": dict(_HEAD_KWARGS.get(value, {}))}},
     "dueling": lambda value: {"policy_kwargs": {"dueling": value}},
     "noisy": lambda value: {"policy_kwargs": {"noisy": value}},
-    # Nothing for "off", which leaves arguments that a settings file has alone
+    # No settings for False, which keeps the replay_buffer_kwargs of a hyperparameter file
     "prioritized": lambda value: {"replay_buffer_kwargs": {"prioritized": True}} if value else {},
 }
 
-# Searched in proportion to, or for the sake of, another one
+# Name -> name that must be in the space too, because the value is relative to it or only used with it
 _DEPENDENT = {"subsample_steps": "train_freq", "value_range": "head"}
 
-# Names in a space that are not those of settings
-_OTHER_NAMES = (*DERIVED, *_DEPENDENT, *HER_SPACE)
+# Names in a space that are not settings
+_EXTRA_NAMES = (*DERIVED, *_DEPENDENT, *HER_SPACE)
 
 
-def check_space(space: Any, settings: Collection[str]) -> None:
-    """Refuse a space that a search could not draw from.
+def check_search_space(space: Any, settings: Collection[str]) -> None:
+    """Raise ValueError unless a search can sample from ``space``.
 
-    :param space: as a settings file declares it
-    :param settings: the names of all settings that there are
-    :raises ValueError: naming what is wrong
+    :param space: the ``search_space`` of a hyperparameter file
+    :param settings: the names of all settings that can be searched
     """
     if not isinstance(space, Mapping) or not space:
         raise ValueError(f"search_space={space!r} must map names of settings to choices or ranges")
     for name, choices in space.items():
-        if name not in settings and name not in _OTHER_NAMES:
+        if name not in settings and name not in _EXTRA_NAMES:
             raise ValueError(
-                f"search_space: {name!r} can not be searched: it is no setting of ScratchDQN, "
-                f"nor one of {', '.join(_OTHER_NAMES)}"
+                f"search_space: {name!r} cannot be searched: it is not a setting of ScratchDQN, "
+                f"nor one of {', '.join(_EXTRA_NAMES)}"
             )
         if not _is_choice(choices) and not _is_range(choices):
             raise ValueError(
                 f"search_space: {name}={choices!r} must be a list of choices, or a range such as "
-                "{low: 0.1, high: 1.0}, with log: true or step if wanted (in YAML, 1e-5 is a text and 1.0e-5 a number)"
+                "{low: 0.1, high: 1.0}, with optional log: true or step (in YAML, 1e-5 is a string and 1.0e-5 a number)"
             )
     for value in space.get("net_arch", []):
         if isinstance(value, str) and value not in NET_ARCHS:
@@ -107,7 +106,7 @@ def check_space(space: Any, settings: Collection[str]) -> None:
             )
     for name, other in _DEPENDENT.items():
         if name in space and other not in space:
-            raise ValueError(f"search_space: {name} belongs to {other}, so search that too")
+            raise ValueError(f"search_space: {name} requires {other}, so search that too")
 
 
 def _is_choice(choices: Any) -> bool:
@@ -127,11 +126,11 @@ def _is_range(choices: Any) -> bool:
 
 
 def suggest(trial: optuna.Trial, space: Mapping[str, Any]) -> dict[str, Any]:
-    """Draw one value for each name in a space."""
-    return {name: _suggest_one(trial, name, choices) for name, choices in space.items()}
+    """Sample one value for each name in a space."""
+    return {name: _suggest_value(trial, name, choices) for name, choices in space.items()}
 
 
-def _suggest_one(trial: optuna.Trial, name: str, choices: Any) -> Any:
+def _suggest_value(trial: optuna.Trial, name: str, choices: Any) -> Any:
     if _is_choice(choices):
         return trial.suggest_categorical(name, choices)
     if isinstance(choices["low"], int) and isinstance(choices["high"], int):
@@ -140,30 +139,30 @@ def _suggest_one(trial: optuna.Trial, name: str, choices: Any) -> Any:
 
 
 def sample_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
-    """Draw the settings of one trial, as RL Zoo's ``HYPERPARAMS_SAMPLER`` wants them drawn.
+    """Sample the settings of one trial, for RL Zoo's ``HYPERPARAMS_SAMPLER``.
 
-    :param trial: whose user attribute ``search_space``, if there is one, says what to draw from
+    :param trial: its user attribute ``search_space`` replaces the default space
     :param n_actions: not used
     :param n_envs: not used
-    :param additional_args: what the Zoo knows of the replay buffer
+    :param additional_args: ``using_her_replay_buffer``, and ``her_kwargs`` from the hyperparameter file
     :return: settings
     """
     space = dict(trial.user_attrs.get("search_space", DEFAULT_SPACE))
     if additional_args["using_her_replay_buffer"]:
         space = {**space, **HER_SPACE}
-        for name in _NOT_WITH_HER:
+        for name in _UNSUPPORTED_BY_HER:
             space.pop(name, None)
     settings = convert_params(suggest(trial, space))
     for name in ("gamma", "batch_size"):
         if name in settings and name not in trial.params:
-            trial.set_user_attr(name, settings[name])  # shown beside the searched form of it
+            trial.set_user_attr(name, settings[name])  # shown next to the searched form
     if "replay_buffer_kwargs" in settings:
         settings["replay_buffer_kwargs"] = {**additional_args["her_kwargs"], **settings["replay_buffer_kwargs"]}
     return settings
 
 
 def convert_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the searched values of a trial into settings; RL Zoo's ``HYPERPARAMS_CONVERTER`` for ``--trial-id``."""
+    """Convert the sampled values of a trial to settings; RL Zoo's ``HYPERPARAMS_CONVERTER`` for ``--trial-id``."""
     settings: dict[str, Any] = {}
     for name, value in params.items():
         if name in DERIVED:
@@ -174,7 +173,7 @@ def convert_params(params: Mapping[str, Any]) -> dict[str, Any]:
         elif name not in _DEPENDENT:
             settings[name] = value
     if "subsample_steps" in params:
-        # One gradient step for this many environment steps
+        # One gradient step per subsample_steps environment steps
         settings["gradient_steps"] = max(params["train_freq"] // params["subsample_steps"], 1)
     if params.get("head") == "c51" and "value_range" in params:
         settings["policy_kwargs"]["head_kwargs"].update(v_min=-params["value_range"], v_max=params["value_range"])

@@ -1,4 +1,4 @@
-"""Every two parts work together: training, prediction, a file in between; what has no meaning is refused."""
+"""Every two parts work together in training, prediction, and a saved file; meaningless combinations are refused."""
 
 import warnings
 from itertools import combinations
@@ -52,9 +52,9 @@ SWITCHES = {
 EXCLUSIVE = [{"c51", "quantile", "iqn"}, {"images", "dict", "masks"}, {"images", "normalized"}]
 
 MEANINGLESS = {
-    frozenset({"munchausen", "c51"}): r"munchausen=True can not be combined with head='c51': it shifts",
-    frozenset({"munchausen", "n_steps"}): r"munchausen=True can not be combined with n_steps=3: the bonus",
-    frozenset({"mse", "c51"}): r"loss='mse' can not be combined with head='c51', which learns probabilities",
+    frozenset({"munchausen", "c51"}): r"munchausen=True cannot be combined with head='c51': it shifts",
+    frozenset({"munchausen", "n_steps"}): r"munchausen=True cannot be combined with n_steps=3: the bonus",
+    frozenset({"mse", "c51"}): r"loss='mse' cannot be combined with head='c51', which learns probabilities",
 }
 
 PAIRS = [
@@ -179,15 +179,15 @@ def test_what_has_no_meaning_is_refused_wherever_it_comes_from():
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs, head="c51")
 
-    with pytest.raises(ValueError, match="munchausen=True can not be combined with head='c51'"):
+    with pytest.raises(ValueError, match="munchausen=True cannot be combined with head='c51'"):
         ScratchDQN(C51Policy, TimeoutEnv(), munchausen=True)
     model = make(["c51"]).learn(40)
-    with pytest.raises(ValueError, match="munchausen=True can not be combined with head='c51'"):
+    with pytest.raises(ValueError, match="munchausen=True cannot be combined with head='c51'"):
         model.munchausen = True
     vars(model)["munchausen"] = True  # past the check, as loading a model writes it
-    with pytest.raises(ValueError, match="munchausen=True can not be combined with head='c51'"):
+    with pytest.raises(ValueError, match="munchausen=True cannot be combined with head='c51'"):
         model.learn(40)
-    with pytest.raises(ValueError, match="munchausen=True can not be combined with n_steps=3"):
+    with pytest.raises(ValueError, match="munchausen=True cannot be combined with n_steps=3"):
         ScratchDQN(
             "MlpPolicy",
             TimeoutEnv(),

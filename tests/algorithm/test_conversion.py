@@ -1,4 +1,4 @@
-"""A DQN of SB3 becomes a ScratchDQN and back, and neither notices."""
+"""Conversion of a DQN of SB3 to a ScratchDQN and back changes neither predictions nor training."""
 
 import random
 
@@ -153,7 +153,7 @@ def test_what_has_no_counterpart_is_refused(tmp_path):
     once = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
     with pytest.raises(ValueError, match="optimize_memory_usage=True with Dict observations has no counterpart"):
         ScratchDQN("MultiInputPolicy", DictEnv(), **once).to_sb3()
-    with pytest.raises(ValueError, match="n_steps=3 with observations that are kept once has no counterpart"):
+    with pytest.raises(ValueError, match="n_steps=3 with observations that are stored once has no counterpart"):
         ScratchDQN("MlpPolicy", TimeoutEnv(), n_steps=3, **once).to_sb3()
     with pytest.raises(ValueError, match="n_steps=3 with Dict observations has no counterpart"):
         ScratchDQN("MultiInputPolicy", DictEnv(), n_steps=3).to_sb3()
@@ -210,7 +210,7 @@ def test_steps_that_sb3_does_not_fold_are_not_folded():
     [({"los": "mse"}, "los='mse'"), ({"buffer_size": 40}, "buffer_size=40"), ({"policy": 1}, "policy=1")],
 )
 def test_settings_that_cannot_change_on_the_way_are_refused(settings, what):
-    with pytest.raises(ValueError, match=f"{what} is no setting that from_sb3 can change"):
+    with pytest.raises(ValueError, match=f"{what} is not a setting that from_sb3 can change"):
         ScratchDQN.from_sb3(DQN("MlpPolicy", TimeoutEnv()), **settings)
 
 

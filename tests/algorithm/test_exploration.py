@@ -79,7 +79,7 @@ def test_each_environment_has_a_coin_of_its_own():
     assert both == pytest.approx(epsilon**2, abs=4 * np.sqrt(0.09 * 0.91 / rounds))
 
 
-def test_nobody_is_asked_for_greedy_actions_that_nobody_wants():
+def test_greedy_actions_are_not_computed_if_all_actions_are_random():
     def fail(envs):
         raise AssertionError("asked for greedy actions")
 

@@ -1,4 +1,4 @@
-"""Rewards and observations that are no finite numbers: found where they come from, before they are stored."""
+"""Rewards and observations that are not finite are refused before they are stored, with their environment and step."""
 
 import numpy as np
 import pytest

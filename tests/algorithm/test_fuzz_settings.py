@@ -1,4 +1,4 @@
-"""Whatever is given to a setting, it works or is refused in one sentence that names it; never anything raw."""
+"""Every value of a setting works, or is refused in one sentence that names the setting."""
 
 import warnings
 from contextlib import contextmanager

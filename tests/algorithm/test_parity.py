@@ -13,8 +13,8 @@ from helpers import (
     assert_equal,
     assert_same_training,
     ending_last_trajectory,
-    exactly,
     full_state,
+    parity_settings,
 )
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
@@ -116,7 +116,8 @@ def test_a_callback_that_stops_training_stops_it_at_the_same_bits():
     models, callbacks = [], []
     for algorithm in (DQN, ScratchDQN):
         callbacks.append(StopAt())
-        models.append(algorithm("MlpPolicy", TimeoutEnv(), **SMALL, **exactly(algorithm)).learn(1000, callbacks[-1]))
+        model = algorithm("MlpPolicy", TimeoutEnv(), **SMALL, **parity_settings(algorithm))
+        models.append(model.learn(1000, callbacks[-1]))
     assert models[0].num_timesteps == 133
     assert_same_training(*models)
     assert_equal(callbacks[0].seen, callbacks[1].seen)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from configurations import SMALL
-from helpers import DictEnv, TimeoutEnv, assert_equal, assert_same_training, exactly
+from helpers import DictEnv, TimeoutEnv, assert_equal, assert_same_training, parity_settings
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -71,7 +71,7 @@ def test_callbacks_are_called_when_sb3_calls_them_and_see_the_same(settings):
     watchers = []
     for algorithm in (DQN, ScratchDQN):
         watchers.append(Watcher())
-        model = algorithm("MlpPolicy", InfoEnv(), **{**SMALL, **settings}, **exactly(algorithm))
+        model = algorithm("MlpPolicy", InfoEnv(), **{**SMALL, **settings}, **parity_settings(algorithm))
         model.learn(130, watchers[-1])
     theirs, ours = (watcher.calls for watcher in watchers)
     assert [call[:4] for call in ours] == [call[:4] for call in theirs]
@@ -118,7 +118,7 @@ def test_lean_steps_are_those_of_the_environments(n_envs, env_class):
     assert ended > 0
 
 
-def test_what_somebody_else_made_is_stepped_as_it_is():
+def test_other_vectorised_environments_are_stepped_by_their_own_method():
     class Other(DummyVecEnv):
         pass
 
@@ -190,7 +190,7 @@ def test_masks_are_cut_apart_with_their_batches():
     buffer = ScratchDQN("MlpPolicy", env, learning_starts=500, buffer_size=100).learn(50).replay_buffer
     first, second = buffer.sample_batch(4, n_batches=2).split(2)
     assert first.action_masks.shape == second.next_action_masks.shape == (4, 3)
-    assert SimpleNamespace(**first._asdict()).places[0].shape == (4,)
+    assert SimpleNamespace(**first._asdict()).indices[0].shape == (4,)
 
 
 def test_a_policy_that_a_callback_puts_in_place_acts_from_the_next_step_on():
@@ -233,7 +233,7 @@ def test_eager_gives_networks_a_copy_that_they_may_write_to():
             "MlpPolicy",
             TimeoutEnv(),
             **{**SMALL, "policy_kwargs": {"features_extractor_class": InPlace}},
-            **exactly(algorithm),
+            **parity_settings(algorithm),
         ).learn(120)
         for algorithm in (DQN, ScratchDQN)
     ]
@@ -254,7 +254,7 @@ def test_an_environment_that_a_callback_patches_is_stepped_so_from_then_on():
     assert len(calls) == 70
 
 
-def test_a_class_that_somebody_patched_is_called(monkeypatch):
+def test_a_patched_class_is_called(monkeypatch):
     calls, own = [], DummyVecEnv.step_wait
     monkeypatch.setattr(DummyVecEnv, "step_wait", lambda self: calls.append(1) or own(self))
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), **SMALL).learn(30)

@@ -290,9 +290,9 @@ def test_the_check_of_numbers_can_be_switched_in_the_middle():
 
 def test_combinations_are_refused_when_they_are_assigned():
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs={"head": "c51"}, n_steps=3)
-    with pytest.raises(ValueError, match="loss='mse' can not be combined with head='c51'"):
+    with pytest.raises(ValueError, match="loss='mse' cannot be combined with head='c51'"):
         model.loss = "mse"
-    with pytest.raises(ValueError, match="munchausen=True can not be combined with n_steps=3"):
+    with pytest.raises(ValueError, match="munchausen=True cannot be combined with n_steps=3"):
         model.munchausen = True
     assert (model.loss, model.munchausen) == ("huber", False)
 

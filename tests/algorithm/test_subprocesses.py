@@ -1,4 +1,4 @@
-"""A process of an environment that ends is named, with its exit status."""
+"""An environment process that has ended is named, with its exit status."""
 
 import os
 import signal
@@ -66,7 +66,7 @@ def test_processes_that_were_forked_are_warned_of(start_method):
     model = ScratchDQN("MlpPolicy", envs, **SETTINGS)
     with pytest.raises(ChildProcessError, match="environment 0 ended with exit status 7;") as caught:
         model.learn(100)
-    told = "start_method='fork' copies locks that threads of PyTorch may hold"
+    told = "start_method='fork' copies locks held by threads of PyTorch"
     assert (told in str(caught.value)) == (start_method == "fork")
 
 

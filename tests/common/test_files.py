@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, whatever lies at their place, and nothing stays beside them."""
+"""Files are written completely or not at all, and no temporary file is left behind."""
 
 import errno
 import fcntl
@@ -26,24 +26,24 @@ BUFFER = ScratchReplayBuffer(10, gym.spaces.Discrete(3), gym.spaces.Discrete(2))
 
 @pytest.fixture(params=["a replay buffer", "a result"])
 def save(request):
-    """Writes a file of some hundred bytes."""
+    """A function that writes a file of some hundred bytes to a path."""
     if request.param == "a replay buffer":
         return lambda path: write_replay_buffer(BUFFER, path)
     return lambda path: grid.write({"curve": [0.5] * 100}, Path(path))
 
 
 def names(folder):
-    return sorted(one.name for one in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir())
 
 
 @contextmanager
-def refused(path, number):
-    """Expects an error of the operating system that names a path, and nothing else."""
-    with pytest.raises(OSError, match=re.escape(f"[Errno {number}] {os.strerror(number)}: {str(path)!r}")) as told:
+def raises_os_error(path, number):
+    """Expect an OSError with this number that names ``path`` and no other file."""
+    with pytest.raises(OSError, match=re.escape(f"[Errno {number}] {os.strerror(number)}: {str(path)!r}")) as error:
         yield
-    assert type(told.value) is type(OSError(number, ""))
-    assert told.value.filename == str(path)
-    assert told.value.filename2 is None
+    assert type(error.value) is type(OSError(number, ""))
+    assert error.value.filename == str(path)
+    assert error.value.filename2 is None
 
 
 def fail(number):
@@ -53,23 +53,23 @@ def fail(number):
     return call
 
 
-# What interrupted processes left behind
+# Temporary files of interrupted processes
 
 
 @pytest.mark.parametrize("name", [".seed_0.json.0a1b2c3d.tmp", ".seed_0.json.x7_a8b9c"])
-def test_what_an_interrupted_process_left_behind_is_removed(name, save, tmp_path):
+def test_temporary_files_of_interrupted_processes_are_removed(name, save, tmp_path):
     (tmp_path / name).write_bytes(b"half")
     save(tmp_path / "seed_0.json")
     assert names(tmp_path) == ["seed_0.json"]
 
 
-def test_what_an_earlier_version_left_of_a_result_is_removed(tmp_path):
+def test_temporary_files_of_results_of_an_earlier_version_are_removed(tmp_path):
     (tmp_path / "seed_0.tmp").write_bytes(b"half")
     grid.write({}, tmp_path / "seed_0.json")
     assert names(tmp_path) == ["seed_0.json"]
 
 
-def test_what_another_process_is_writing_is_not_removed(save, tmp_path):
+def test_a_temporary_file_that_another_process_is_writing_is_not_removed(save, tmp_path):
     with open(tmp_path / ".seed_0.json.0a1b2c3d.tmp", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         save(tmp_path / "seed_0.json")
@@ -78,7 +78,7 @@ def test_what_another_process_is_writing_is_not_removed(save, tmp_path):
     assert names(tmp_path) == ["seed_0.json"]
 
 
-def test_files_of_other_names_are_not_removed(save, tmp_path):
+def test_files_with_other_names_are_not_removed(save, tmp_path):
     others = [".seed_1.json.0a1b2c3d.tmp", ".seed_0.json.tmp", ".seed_0.json.swp", "seed_0.json.0a1b2c3d.tmp"]
     others += [".seed_0xjson.0a1b2c3d.tmp", ".seed_0.json.0a1b2c3d.tmp.old"]
     for name in others:
@@ -102,44 +102,44 @@ write({}, Path(sys.argv[1]))
 """
 
 
-def test_a_process_keeps_the_file_that_it_is_writing_until_it_is_killed(tmp_path):
-    place = tmp_path / "seed_0.json"
-    command = [sys.executable, "-c", WRITER, str(place)]
+def test_a_temporary_file_is_removed_only_after_its_process_was_killed(tmp_path):
+    path = tmp_path / "seed_0.json"
+    command = [sys.executable, "-c", WRITER, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "writing\n"
-            grid.write({}, place)
+            grid.write({}, path)
             assert len(names(tmp_path)) == 2
         finally:
             process.send_signal(signal.SIGKILL)
     assert len(names(tmp_path)) == 2
-    grid.write({}, place)
+    grid.write({}, path)
     assert names(tmp_path) == ["seed_0.json"]
 
 
-def test_a_file_that_was_removed_before_it_was_locked_is_made_again(save, tmp_path, monkeypatch):
+def test_a_temporary_file_that_was_removed_before_it_was_locked_is_created_again(save, tmp_path, monkeypatch):
     flock, removed = fcntl.flock, []
 
-    def too_late(file, operation):
+    def remove_before_locking(file, operation):
         if not removed:
             removed.extend(tmp_path.iterdir())
             removed[0].unlink()
         flock(file, operation)
 
-    monkeypatch.setattr(fcntl, "flock", too_late)
+    monkeypatch.setattr(fcntl, "flock", remove_before_locking)
     save(tmp_path / "seed_0.json")
     assert len(removed) == 1
     assert names(tmp_path) == ["seed_0.json"]
 
 
-def test_where_there_are_no_locks_files_are_written_and_none_is_removed(save, tmp_path, monkeypatch):
+def test_without_locks_files_are_written_and_no_temporary_file_is_removed(save, tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", fail(errno.ENOLCK))
     (tmp_path / ".seed_0.json.0a1b2c3d.tmp").write_bytes(b"")
     save(tmp_path / "seed_0.json")
     assert names(tmp_path) == [".seed_0.json.0a1b2c3d.tmp", "seed_0.json"]
 
 
-def test_windows_which_has_no_fcntl_can_do_it_too(tmp_path, monkeypatch):
+def test_files_are_written_on_windows_which_has_no_fcntl(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     spec = importlib.util.spec_from_file_location("files_on_windows", files.__file__)
     on_windows = importlib.util.module_from_spec(spec)
@@ -162,15 +162,15 @@ def test_windows_which_has_no_fcntl_can_do_it_too(tmp_path, monkeypatch):
 # Symbolic links and devices
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["to a file", "to nothing"])
-def test_a_link_stays_and_its_target_is_written(there, save, tmp_path):
+@pytest.mark.parametrize("target_exists", [True, False], ids=["to a file", "to nothing"])
+def test_a_symbolic_link_is_kept_and_its_target_is_written(target_exists, save, tmp_path):
     target, link = tmp_path / "disk" / "target.json", tmp_path / "links" / "link.json"
     link.parent.mkdir()
     link.symlink_to("../links/next.json")
     (link.parent / "next.json").symlink_to("../disk/target.json")
-    if there:
+    if target_exists:
         target.parent.mkdir()
-        target.write_bytes(b"earlier")
+        target.write_bytes(b"existing")
     save(link)
     assert os.readlink(link) == "../links/next.json"
     assert names(tmp_path / "links") == ["link.json", "next.json"]
@@ -179,17 +179,17 @@ def test_a_link_stays_and_its_target_is_written(there, save, tmp_path):
     assert target.stat().st_size > 100
 
 
-def test_links_in_a_circle_are_told(save, tmp_path):
+def test_circular_links_are_refused(save, tmp_path):
     (tmp_path / "a.json").symlink_to("b.json")
     (tmp_path / "b.json").symlink_to("a.json")
     for path in (tmp_path / "a.json", tmp_path / "a.json" / "c.json"):
-        with refused(path, errno.ELOOP):
+        with raises_os_error(path, errno.ELOOP):
             save(path)
     assert names(tmp_path) == ["a.json", "b.json"]
     assert os.readlink(tmp_path / "a.json") == "b.json"
 
 
-def test_a_device_is_written_to_and_stays(save, tmp_path):
+def test_a_device_is_written_to_directly(save, tmp_path):
     (tmp_path / "nowhere.json").symlink_to("/dev/null")
     save(tmp_path / "nowhere.json")
     assert os.readlink(tmp_path / "nowhere.json") == "/dev/null"
@@ -201,51 +201,51 @@ def test_a_device_is_written_to_and_stays(save, tmp_path):
 
 @pytest.fixture
 def umask():
-    """Sets the umask for a test."""
-    before = os.umask(0o022)
+    """Set the umask for a test."""
+    original = os.umask(0o022)
     yield os.umask
-    os.umask(before)
+    os.umask(original)
 
 
 def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_a_new_file_has_the_permissions_that_the_umask_leaves(save, umask, tmp_path):
+def test_a_new_file_has_the_permissions_of_the_umask(save, umask, tmp_path):
     for mask in (0o027, 0o002):
         umask(mask)
         save(tmp_path / f"{mask}.json")
         assert mode(tmp_path / f"{mask}.json") == 0o666 & ~mask
 
 
-def test_the_umask_which_all_threads_share_is_left_alone(save, tmp_path, monkeypatch):
+def test_the_umask_which_all_threads_share_is_not_changed(save, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "umask", None)
     save(tmp_path / "seed_0.json")
 
 
 @pytest.mark.parametrize("permissions", [0o600, 0o664, 0o444, 0o755])
-def test_an_earlier_file_hands_its_permissions_on(permissions, save, umask, tmp_path, monkeypatch):
-    place = tmp_path / "seed_0.json"
-    place.write_bytes(b"")
-    place.chmod(permissions)
+def test_a_new_file_has_the_permissions_of_the_file_that_it_replaces(permissions, save, umask, tmp_path, monkeypatch):
+    path = tmp_path / "seed_0.json"
+    path.write_bytes(b"")
+    path.chmod(permissions)
     meanwhile = []
     monkeypatch.setattr(os, "fsync", lambda handle: meanwhile.append(stat.S_IMODE(os.fstat(handle).st_mode)))
-    save(place)
-    assert mode(place) == permissions
-    assert meanwhile[0] & 0o077 & ~permissions == 0  # no one else reads or writes what is being written
+    save(path)
+    assert mode(path) == permissions
+    assert meanwhile[0] & 0o077 & ~permissions == 0  # the temporary file is not more accessible than the existing one
 
 
 # The disk
 
 
-def test_the_folder_is_written_to_the_disk_after_the_file(save, tmp_path, monkeypatch):
-    place, synced = tmp_path / "seed_0.json", []
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_ino, place.exists())))
-    save(place)
-    assert synced == [(place.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+def test_the_folder_is_synced_after_the_file(save, tmp_path, monkeypatch):
+    path, synced = tmp_path / "seed_0.json", []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_ino, path.exists())))
+    save(path)
+    assert synced == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
-def test_a_folder_that_cannot_be_written_to_the_disk_makes_no_difference(save, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_synced_is_ignored(save, tmp_path, monkeypatch):
     fsync = os.fsync
     monkeypatch.setattr(
         os, "fsync", lambda handle: (fail(errno.EINVAL) if stat.S_ISDIR(os.fstat(handle).st_mode) else fsync)(handle)
@@ -256,7 +256,7 @@ def test_a_folder_that_cannot_be_written_to_the_disk_makes_no_difference(save, t
 
 @contextmanager
 def full_disk(monkeypatch):
-    """Lets no file grow beyond 64 bytes."""
+    """Limit the size of files to 64 bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
     try:
@@ -266,13 +266,13 @@ def full_disk(monkeypatch):
 
 
 @contextmanager
-def disk_that_is_full_in_the_end(monkeypatch):
+def disk_that_is_full_on_fsync(monkeypatch):
     monkeypatch.setattr(os, "fsync", fail(errno.ENOSPC))
     yield errno.ENOSPC
 
 
 @contextmanager
-def folder_that_is_read_only(monkeypatch):
+def read_only_folder(monkeypatch):
     open_ = os.open
 
     def open_to_read(path, flags, *more, **settings):
@@ -289,20 +289,20 @@ def folder_that_becomes_read_only(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "trouble", [full_disk, disk_that_is_full_in_the_end, folder_that_is_read_only, folder_that_becomes_read_only]
+    "failure", [full_disk, disk_that_is_full_on_fsync, read_only_folder, folder_that_becomes_read_only]
 )
-@pytest.mark.parametrize("earlier", [True, False], ids=["over an earlier file", "as a new file"])
-def test_a_file_that_cannot_be_written_is_named_and_changes_nothing(trouble, earlier, save, tmp_path, monkeypatch):
-    place = tmp_path / "seed_0.json"
-    if earlier:
-        place.write_bytes(b"earlier")
-    with trouble(monkeypatch) as number, refused(place, number):
-        save(place)
-    assert names(tmp_path) == ["seed_0.json"] * earlier
-    assert not earlier or place.read_bytes() == b"earlier"
+@pytest.mark.parametrize("existing", [True, False], ids=["over an existing file", "as a new file"])
+def test_an_error_names_the_file_and_changes_nothing(failure, existing, save, tmp_path, monkeypatch):
+    path = tmp_path / "seed_0.json"
+    if existing:
+        path.write_bytes(b"existing")
+    with failure(monkeypatch) as number, raises_os_error(path, number):
+        save(path)
+    assert names(tmp_path) == ["seed_0.json"] * existing
+    assert not existing or path.read_bytes() == b"existing"
 
 
-def test_an_error_without_a_number_is_told_with_the_path(save, tmp_path, monkeypatch):
+def test_an_error_without_a_number_names_the_path(save, tmp_path, monkeypatch):
     def fails(*_):
         raise OSError("out of luck")
 
@@ -312,7 +312,7 @@ def test_an_error_without_a_number_is_told_with_the_path(save, tmp_path, monkeyp
     assert names(tmp_path) == []
 
 
-def test_an_interruption_leaves_nothing(save, tmp_path, monkeypatch):
+def test_an_interrupt_removes_the_temporary_file(save, tmp_path, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
@@ -322,23 +322,23 @@ def test_an_interruption_leaves_nothing(save, tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_a_folder_in_its_place_is_refused(save, tmp_path):
+def test_a_path_of_a_folder_is_refused(save, tmp_path):
     (tmp_path / "seed_0.json").mkdir()
-    with refused(tmp_path / "seed_0.json", errno.EISDIR):
+    with raises_os_error(tmp_path / "seed_0.json", errno.EISDIR):
         save(tmp_path / "seed_0.json")
     assert names(tmp_path) == ["seed_0.json"]
 
 
-def test_a_file_as_its_folder_is_refused(save, tmp_path):
+def test_a_path_inside_a_file_is_refused(save, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path / "file" / "seed_0.json", tmp_path / "file" / "folder" / "seed_0.json"):
-        with refused(path, errno.ENOTDIR):
+        with raises_os_error(path, errno.ENOTDIR):
             save(path)
 
 
-def test_a_folder_that_was_removed_is_told(save, tmp_path, monkeypatch):
+def test_a_folder_that_was_removed_is_reported(save, tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path / "folder")
     (tmp_path / "folder").rmdir()
-    with refused("seed_0.json", errno.ENOENT):
+    with raises_os_error("seed_0.json", errno.ENOENT):
         save("seed_0.json")

@@ -1,4 +1,4 @@
-"""What was interrupted in the middle of a step goes on: no row of replay continues what it did not follow."""
+"""Training continues after an interrupt, and no row of the replay buffer continues a row that it did not follow."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ from sb3_scratch_dqn.replay.stores import Store
 SETTINGS = {"learning_starts": 10, "batch_size": 8, "buffer_size": 200, "n_steps": 3, "seed": 0}
 
 
-class Counting(TimeoutEnv):
-    """Observes how often it was stepped, so that a row tells which one it follows."""
+class CountingEnv(TimeoutEnv):
+    """Observes the number of steps and resets so far, so that the order of rows can be verified."""
 
     observation_space = gym.spaces.Box(0, 1e6, (1,), np.float32)
     count = 0
@@ -30,47 +30,47 @@ class Counting(TimeoutEnv):
     ctrl_c_after = None  # seconds from the next step on
 
     def step(self, action):
-        Counting.count += 1
-        if self.interrupted_at is not None and Counting.count >= self.interrupted_at:
+        CountingEnv.count += 1
+        if self.interrupted_at is not None and CountingEnv.count >= self.interrupted_at:
             raise KeyboardInterrupt
         if self.ctrl_c_after is not None:
             threading.Timer(self.ctrl_c_after, os.kill, (os.getpid(), signal.SIGINT)).start()
-            Counting.ctrl_c_after = None
+            CountingEnv.ctrl_c_after = None
         return super().step(action)
 
     def reset(self, **kwargs):
-        Counting.count += 1
+        CountingEnv.count += 1
         return super().reset(**kwargs)
 
     def _observe(self):
-        return np.array([Counting.count], np.float32)
+        return np.array([CountingEnv.count], np.float32)
 
 
 @pytest.fixture(autouse=True)
 def _from_zero():
-    Counting.count, Counting.interrupted_at = 0, None
+    CountingEnv.count, CountingEnv.interrupted_at = 0, None
 
 
 @pytest.fixture(autouse=True)
 def _ctrl_c_interrupts():
-    """Handle SIGINT as in a terminal: a process that a shell starts in the background ignores it."""
+    """Handle SIGINT as in a terminal; a process that a shell starts in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def assert_rows_continue(buffer):
-    """Each row begins where the one before ended, unless that ended its episode or was cut."""
+    """Assert that each row starts where the previous one ended, unless that one ended its episode or was cut."""
     rows = buffer.size()
     now, following = np.asarray(buffer.observations)[:rows], np.asarray(buffer.next_observations)[:rows]
     ended = buffer.dones[:rows].astype(bool) | buffer.store.cuts[:rows]
     continues = (following[:-1] == now[1:]).reshape(rows - 1, buffer.n_envs, -1).all(axis=2)
     assert (continues | ended[:-1]).all()
-    assert (following.reshape(rows, -1)[:, -1] == now.reshape(rows, -1)[:, -1] + 1).all(), "one step lies between"
+    assert (following.reshape(rows, -1)[:, -1] == now.reshape(rows, -1)[:, -1] + 1).all(), "one step in between"
 
 
-class Stops(BaseCallback):
-    """Stops, or interrupts, at the steps of these numbers."""
+class StopAt(BaseCallback):
+    """Stops training, or raises an error, at these steps."""
 
     def __init__(self, *steps, error=None):
         super().__init__()
@@ -85,27 +85,26 @@ class Stops(BaseCallback):
 
 
 def interrupt_in_env(model, at):
-    Counting.interrupted_at = at
-    return
+    CountingEnv.interrupted_at = at
 
 
 def interrupt_in_callback(model, at):
-    return Stops(at, error=KeyboardInterrupt())
+    return StopAt(at, error=KeyboardInterrupt())
 
 
 def error_in_callback(model, at):
-    return Stops(at, error=RuntimeError("a callback of the user's"))
+    return StopAt(at, error=RuntimeError("error in a callback"))
 
 
 @pytest.mark.parametrize("engine", ["auto", "eager"])
 @pytest.mark.parametrize("interrupt", [interrupt_in_env, interrupt_in_callback, error_in_callback])
-def test_no_row_continues_what_it_did_not_follow(interrupt, engine):
-    model = ScratchDQN("MlpPolicy", Counting(), engine=engine, **SETTINGS)
+def test_no_row_continues_a_row_that_it_did_not_follow(interrupt, engine):
+    model = ScratchDQN("MlpPolicy", CountingEnv(), engine=engine, **SETTINGS)
     for at in (20, 51, 82, 113):
         with pytest.raises((KeyboardInterrupt, RuntimeError)):
             model.learn(1000, interrupt(model, at), reset_num_timesteps=False)
         rows = model.replay_buffer.size()
-        Counting.interrupted_at = None
+        CountingEnv.interrupted_at = None
         model.learn(8, reset_num_timesteps=False)
         assert model.replay_buffer.dones[rows - 1] or model.replay_buffer.store.cuts[rows - 1]
     assert_rows_continue(model.replay_buffer)
@@ -113,43 +112,43 @@ def test_no_row_continues_what_it_did_not_follow(interrupt, engine):
 
 @pytest.mark.parametrize("engine", ["auto", "eager"])
 def test_a_callback_that_stops_training_loses_no_step(engine):
-    # With an extra on, which n_steps is not
-    model = ScratchDQN("MlpPolicy", Counting(), engine=engine, double_q=True, **SETTINGS)
-    model.learn(100, Stops(31))
+    # double_q, because without an extra (n_steps is none) the eager engine loses the step, as SB3 does
+    model = ScratchDQN("MlpPolicy", CountingEnv(), engine=engine, double_q=True, **SETTINGS)
+    model.learn(100, StopAt(31))
     assert model.replay_buffer.size() == 31
-    model.learn(30, Stops(45), reset_num_timesteps=False)
+    model.learn(30, StopAt(45), reset_num_timesteps=False)
     model.learn(30, reset_num_timesteps=False)
-    assert not model.replay_buffer.store.cuts.any(), "the episodes went on"
+    assert not model.replay_buffer.store.cuts.any(), "the episodes continued"
     assert_rows_continue(model.replay_buffer)
 
 
-def test_the_reference_goes_on_after_a_callback_as_sb3_does():
+def test_the_reference_continues_after_a_callback_as_sb3_does():
     models = []
     for make, more in ((DQN, {}), (ScratchDQN, {"engine": "eager"})):
-        Counting.count = 0
-        model = make("MlpPolicy", Counting(), **{**SETTINGS, "n_steps": 1}, **more)
+        CountingEnv.count = 0
+        model = make("MlpPolicy", CountingEnv(), **{**SETTINGS, "n_steps": 1}, **more)
         model.set_random_seed(1)
-        model.learn(100, Stops(31))
+        model.learn(100, StopAt(31))
         models.append(model.learn(40, reset_num_timesteps=False))
     assert_equal(*(replay_contents(model.replay_buffer) for model in models))
 
 
-# In the middle of writing
+# While a transition is written
 
 
 def stacked():
-    return VecFrameStack(make_vec_env(Counting, n_envs=1, seed=0), 3)
+    return VecFrameStack(make_vec_env(CountingEnv, n_envs=1, seed=0), 3)
 
 
-@pytest.mark.parametrize("make_env", [lambda: DummyVecEnv([Counting]), stacked], ids=["dense", "frames"])
+@pytest.mark.parametrize("make_env", [lambda: DummyVecEnv([CountingEnv]), stacked], ids=["dense", "frames"])
 @pytest.mark.parametrize("method", ["write", "_resize"])
-def test_ctrl_c_while_a_step_is_written_waits_until_it_is_written(make_env, method, monkeypatch):
+def test_ctrl_c_while_a_transition_is_written_is_handled_afterwards(make_env, method, monkeypatch):
     model = ScratchDQN("MlpPolicy", make_env(), **SETTINGS)
     original, calls = getattr(Store, method), []
 
     def interrupted(self, *args):
         os.kill(os.getpid(), signal.SIGINT)
-        calls.append(self.written)
+        calls.append(self.n_writes)
         return original(self, *args)
 
     monkeypatch.setattr(Store, method, interrupted)
@@ -166,10 +165,10 @@ def test_ctrl_c_while_a_step_is_written_waits_until_it_is_written(make_env, meth
 
 
 def test_ctrl_c_at_any_time_leaves_rows_that_continue():
-    model = ScratchDQN("MlpPolicy", Counting(), **SETTINGS)
+    model = ScratchDQN("MlpPolicy", CountingEnv(), **SETTINGS)
     random = np.random.default_rng(0)
     for _ in range(25):
-        Counting.ctrl_c_after = random.uniform(0.001, 0.02)
+        CountingEnv.ctrl_c_after = random.uniform(0.001, 0.02)
         with pytest.raises(KeyboardInterrupt):
             model.learn(10**6, reset_num_timesteps=False)
         if model.replay_buffer.full:
@@ -178,44 +177,44 @@ def test_ctrl_c_at_any_time_leaves_rows_that_continue():
     assert_rows_continue(model.replay_buffer)
 
 
-# The handler
+# The signal handler
 
 
-def test_the_handler_of_before_is_called_and_put_back():
-    got, before = [], signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda number, frame: got.append(number))
+def test_the_original_handler_is_called_and_restored():
+    handled, before = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda number, frame: handled.append(number))
     try:
-        mine = signal.getsignal(signal.SIGINT)
+        own_handler = signal.getsignal(signal.SIGINT)
         with Interrupts() as interrupts:
             signal.raise_signal(signal.SIGINT)
-            assert got == [signal.SIGINT]
-            interrupts.held = True
+            assert handled == [signal.SIGINT]
+            interrupts.blocked = True
             signal.raise_signal(signal.SIGINT)
-            assert len(got) == 1
-            interrupts.release()
-            assert len(got) == 2
-            interrupts.release()
-            assert len(got) == 2
-        assert signal.getsignal(signal.SIGINT) is mine
+            assert len(handled) == 1
+            interrupts.unblock()
+            assert len(handled) == 2
+            interrupts.unblock()
+            assert len(handled) == 2
+        assert signal.getsignal(signal.SIGINT) is own_handler
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_is_not_lost_where_writing_a_step_fails():
-    got, before = [], signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda number, frame: got.append(number))
+def test_ctrl_c_is_handled_if_writing_a_transition_fails():
+    handled, before = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda number, frame: handled.append(number))
     try:
         with suppress(ZeroDivisionError), Interrupts() as interrupts:
-            interrupts.held = True
+            interrupts.blocked = True
             signal.raise_signal(signal.SIGINT)
-            assert not got
+            assert not handled
             _ = 1 / 0
-        assert got == [signal.SIGINT]
+        assert handled == [signal.SIGINT]
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_handler_that_was_set_meanwhile_stays():
+def test_a_handler_that_was_installed_meanwhile_is_kept():
     before = signal.getsignal(signal.SIGINT)
     try:
         with Interrupts():
@@ -225,12 +224,12 @@ def test_a_handler_that_was_set_meanwhile_stays():
         signal.signal(signal.SIGINT, before)
 
 
-def test_training_in_another_thread_touches_no_handler():
+def test_training_in_another_thread_does_not_change_the_handler():
     before, errors = signal.getsignal(signal.SIGINT), []
 
     def train():
         try:
-            ScratchDQN("MlpPolicy", Counting(), **SETTINGS).learn(50)
+            ScratchDQN("MlpPolicy", CountingEnv(), **SETTINGS).learn(50)
         except BaseException as error:
             errors.append(error)
 
@@ -241,8 +240,8 @@ def test_training_in_another_thread_touches_no_handler():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_handler_is_that_of_before_after_training():
+def test_training_restores_the_handler():
     before = signal.getsignal(signal.SIGINT)
-    model = ScratchDQN("MlpPolicy", Counting(), **SETTINGS).learn(20)
+    model = ScratchDQN("MlpPolicy", CountingEnv(), **SETTINGS).learn(20)
     assert signal.getsignal(signal.SIGINT) is before
     assert "_interrupts" not in vars(model)

@@ -1,4 +1,4 @@
-"""What users do to a model between updates, which every engine must heed."""
+"""Modifications of a model by users, which must take effect in every engine."""
 
 from copy import deepcopy
 

@@ -3,42 +3,42 @@
 from types import SimpleNamespace
 
 import pytest
-from recorded import Tape
+from cuda_cases import FakeGraph
 
+from sb3_scratch_dqn.engines.cuda.capture import CaptureError, GraphCapturer
 from sb3_scratch_dqn.engines.cuda.engine import CudaGraphEngine
-from sb3_scratch_dqn.engines.cuda.recording import CaptureError, Recorder
 
 
 @pytest.fixture
-def auto_takes_cuda_graphs(monkeypatch):
-    """Let "auto" take CUDA graphs, so that it is seen what that does."""
+def auto_selects_cuda_graphs(monkeypatch):
+    """Let "auto" select the CUDA graph engine where it supports the configuration."""
     monkeypatch.setattr(CudaGraphEngine, "opt_in_reason", None)
 
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """Let CUDA graphs serve the CPU, where a recording is the function itself."""
+    """Let the CUDA graph engine support the CPU, where a function is its own replay."""
     monkeypatch.setattr(CudaGraphEngine, "device_type", "cpu")
 
 
 @pytest.fixture
-def taped(on_cpu, monkeypatch):
-    """Record on the CPU, by a :class:`Tape`; ``taped.patient = False`` makes it refuse what waits."""
-    settings = SimpleNamespace(patient=True, tapes=[])
+def fake_graphs(on_cpu, monkeypatch):
+    """Capture on the CPU, by a :class:`FakeGraph`; ``allow_synchronization = False`` makes calls that wait fail."""
+    settings = SimpleNamespace(allow_synchronization=True, graphs=[])
 
-    def record(self, function, state, warm_up=None):
+    def capture(self, function, state, warm_up=None):
         self.warm_ups = 2
-        with self._without_trace(state):
+        with self._preserve_state(state):
             if warm_up is not None:
-                self._run(warm_up)
-            tape = Tape(settings.patient)
+                self._warm_up(warm_up)
+            graph = FakeGraph(settings.allow_synchronization)
             try:
-                with tape:
+                with graph:
                     function()
             except RuntimeError as error:
                 raise CaptureError(str(error)) from error
-        settings.tapes.append(tape)
-        return tape.replay
+        settings.graphs.append(graph)
+        return graph.replay
 
-    monkeypatch.setattr(Recorder, "record", record)
+    monkeypatch.setattr(GraphCapturer, "capture", capture)
     return settings

@@ -1,4 +1,4 @@
-"""What SB3's users override, patch and change while training has its effect here too."""
+"""Overrides, patches and modifications that work with SB3's DQN take effect here too."""
 
 from copy import deepcopy
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from configurations import SMALL
-from helpers import NormedExtractor, TimeoutEnv, assert_same_training, exactly
+from helpers import NormedExtractor, TimeoutEnv, assert_same_training, parity_settings
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -24,7 +24,7 @@ def test_an_overridden_predict_chooses_the_actions():
                     return np.array([1]), state
                 return super().predict(observation, state, episode_start, deterministic)
 
-        return Biased("MlpPolicy", TimeoutEnv(), **SMALL, **exactly(algorithm)).learn(200)
+        return Biased("MlpPolicy", TimeoutEnv(), **SMALL, **parity_settings(algorithm)).learn(200)
 
     assert_same_training(biased(DQN), biased(ScratchDQN))
 
@@ -45,25 +45,25 @@ class ChangeEverything(BaseCallback):
         return True
 
 
-def test_what_a_callback_changes_is_changed():
+def test_settings_modified_by_a_callback_take_effect():
     assert_same_training(
         *(
-            algorithm("MlpPolicy", TimeoutEnv(), **SMALL, **exactly(algorithm)).learn(250, ChangeEverything())
+            algorithm("MlpPolicy", TimeoutEnv(), **SMALL, **parity_settings(algorithm)).learn(250, ChangeEverything())
             for algorithm in (DQN, ScratchDQN)
         )
     )
 
 
-def test_a_replaced_policy_is_the_one_that_trains():
+def test_a_replaced_policy_is_trained():
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), **SMALL)
-    old = model.policy
-    before = [parameter.clone() for parameter in old.parameters()]
+    old_policy = model.policy
+    before = [parameter.clone() for parameter in old_policy.parameters()]
     model.policy = DQNPolicy(model.observation_space, model.action_space, model.lr_schedule, net_arch=[9])
     model._create_aliases()
     start = model.policy.q_net.q_net[0].weight.clone()
     model.learn(150)
     assert not th.equal(start, model.policy.q_net.q_net[0].weight)
-    assert all(th.equal(a, b) for a, b in zip(before, old.parameters(), strict=True))
+    assert all(th.equal(a, b) for a, b in zip(before, old_policy.parameters(), strict=True))
 
 
 class TimesThousand(ScratchReplayBuffer):
@@ -72,7 +72,7 @@ class TimesThousand(ScratchReplayBuffer):
         return samples._replace(rewards=1000 * samples.rewards)
 
 
-def test_an_overridden_or_patched_sample_is_what_training_sees():
+def test_training_uses_an_overridden_or_patched_sample():
     plain = ScratchDQN("MlpPolicy", TimeoutEnv(), **SMALL).learn(150)
     derived = ScratchDQN("MlpPolicy", TimeoutEnv(), **SMALL, replay_buffer_class=TimesThousand).learn(150)
     patched = ScratchDQN("MlpPolicy", TimeoutEnv(), **SMALL)
@@ -102,15 +102,15 @@ class ScaledPolicy(DQNPolicy):
         return Scaled(**self._update_features_extractor(self.net_args)).to(self.device)
 
 
-def test_a_network_of_the_user_acts_and_learns_by_the_same_outputs():
+def test_a_custom_network_uses_the_same_outputs_for_acting_and_learning():
     model = ScratchDQN(ScaledPolicy, TimeoutEnv(), **SMALL).learn(150)
     assert model.q_net.scale != 1
     obs = th.ones(1, 3)
     assert th.equal(model.q_net(obs), model.q_net.outputs(obs).squeeze(2))
 
 
-def test_a_network_that_would_act_by_one_function_and_learn_another_is_refused():
-    with pytest.raises(TypeError, match=r"Odd must override outputs\(\), which acting and training both read"):
+def test_a_network_with_different_functions_for_acting_and_learning_raises_an_error():
+    with pytest.raises(TypeError, match=r"Odd must override outputs\(\), which acting and training both call"):
 
         class Odd(QNetwork):
             def forward(self, obs):
@@ -125,31 +125,31 @@ def test_observations_may_be_lists():
         assert model.predict([[0.1, 0.2, 0.3]] * 4)[0].shape == (4,)
 
 
-def test_a_mixture_of_gymnasium_and_sb3_is_explained():
+def test_mixing_gymnasium_and_sb3_raises_the_error_of_sb3():
     env = TimeoutEnv()
     with pytest.raises(ValueError, match="mixing Gym API with SB3 VecEnv API"):
         ScratchDQN("MlpPolicy", env).predict(env.reset(seed=0))
 
 
-def test_replay_arrays_may_be_changed_but_not_for_others_of_another_shape():
+def test_replay_arrays_can_be_modified_but_not_replaced_by_another_shape():
     buffer = ScratchDQN("MlpPolicy", TimeoutEnv(), **SMALL).learn(50).replay_buffer
     before = buffer.rewards.copy()
     buffer.rewards *= 2
     np.testing.assert_array_equal(buffer.rewards, 2 * before)
     buffer.next_observations = buffer.next_observations + 1
-    with pytest.raises(ValueError, match=r"rewards must be replaced by what has the same shape, \(489, 1\)"):
+    with pytest.raises(ValueError, match=r"rewards must be replaced by an array of the same shape, \(489, 1\)"):
         buffer.rewards = np.zeros(3)
 
 
-def test_environments_are_known_by_name_where_they_are_changed(tmp_path):
+def test_environments_can_be_set_by_name(tmp_path):
     ScratchDQN("MlpPolicy", "CartPole-v1").save(tmp_path / "model.zip")
     model = ScratchDQN.load(tmp_path / "model.zip", env="CartPole-v1")
     model.set_env("CartPole-v1")
     model.learn(10)
 
 
-class FromTheRolloutsStart(BaseCallback):
-    """Patches what steps go through, for the length of a rollout."""
+class PatchDuringRollout(BaseCallback):
+    """Patches predict() of the model and step() of the environment, during a rollout."""
 
     def _on_rollout_start(self):
         model = self.model
@@ -164,7 +164,7 @@ class FromTheRolloutsStart(BaseCallback):
         return True
 
 
-class IntoTrainingMode(BaseCallback):
+class SetTrainingMode(BaseCallback):
     def _on_rollout_start(self):
         self.model.q_net.features_extractor.train()
 
@@ -173,8 +173,8 @@ class IntoTrainingMode(BaseCallback):
         return True
 
 
-class OtherTarget(BaseCallback):
-    """What trains towards is replaced in the model, which in SB3 has it under a name of its own."""
+class ReplaceTarget(BaseCallback):
+    """Replaces the target network in the model, which in SB3 is an attribute besides that of the policy."""
 
     def _on_step(self):
         if self.n_calls == 60:
@@ -186,7 +186,7 @@ class OtherTarget(BaseCallback):
 
 
 class Augmenting(BaseFeaturesExtractor):
-    """Draws from the random numbers that replay draws from."""
+    """Draws from NumPy's global generator, as replay does."""
 
     def __init__(self, observation_space):
         super().__init__(observation_space, 3)
@@ -195,15 +195,15 @@ class Augmenting(BaseFeaturesExtractor):
         return observations * float(np.random.uniform(0.9, 1.1))
 
 
-@pytest.mark.parametrize("callback", [FromTheRolloutsStart, IntoTrainingMode, OtherTarget])
-def test_what_a_callback_does_at_any_of_its_times_is_heeded(callback):
+@pytest.mark.parametrize("callback", [PatchDuringRollout, SetTrainingMode, ReplaceTarget])
+def test_modifications_by_every_method_of_a_callback_take_effect(callback):
     def learn(algorithm):
-        kwargs = {"features_extractor_class": NormedExtractor} if callback is IntoTrainingMode else {}
-        settings = {**SMALL, "train_freq": 1, "target_update_interval": 10_000, **exactly(algorithm)}
+        kwargs = {"features_extractor_class": NormedExtractor} if callback is SetTrainingMode else {}
+        settings = {**SMALL, "train_freq": 1, "target_update_interval": 10_000, **parity_settings(algorithm)}
         return algorithm("MlpPolicy", TimeoutEnv(), policy_kwargs=kwargs, **settings).learn(150, callback())
 
     reference, model = learn(DQN), learn(ScratchDQN)
-    if callback is OtherTarget:  # SB3 forgets to save it
+    if callback is ReplaceTarget:  # SB3 forgets to save it
         reference.policy.q_net_target = reference.q_net_target
     assert_same_training(reference, model)
 
@@ -212,7 +212,7 @@ def test_what_a_callback_does_at_any_of_its_times_is_heeded(callback):
 def test_networks_that_draw_random_numbers_do_so_in_the_same_order(by):
     def learn(algorithm):
         kwargs = {"features_extractor_class": Augmenting} if by == "class" else {}
-        settings = {**SMALL, "gradient_steps": 3, **exactly(algorithm)}
+        settings = {**SMALL, "gradient_steps": 3, **parity_settings(algorithm)}
         model = algorithm("MlpPolicy", TimeoutEnv(), policy_kwargs=kwargs, **settings)
         extractor = model.q_net.features_extractor
         own = extractor.forward
@@ -227,7 +227,7 @@ def test_networks_that_draw_random_numbers_do_so_in_the_same_order(by):
     assert_same_training(learn(DQN), learn(ScratchDQN))
 
 
-def test_statistics_of_a_replaced_network_follow():
+def test_target_updates_copy_the_statistics_of_a_replaced_network():
     model = ScratchDQN(
         "MlpPolicy",
         TimeoutEnv(),
@@ -238,13 +238,13 @@ def test_statistics_of_a_replaced_network_follow():
     model.policy.optimizer = th.optim.Adam(model.q_net.parameters())
     model.learn(120)
     model._engine.update_target(1.0)
-    ours, theirs = model.q_net.state_dict(), model.q_net_target.state_dict()
-    names = [name for name in ours if "running_" in name]
+    online, target = model.q_net.state_dict(), model.q_net_target.state_dict()
+    names = [name for name in online if "running_" in name]
     assert names
-    assert all(th.equal(ours[name], theirs[name]) for name in names)
+    assert all(th.equal(online[name], target[name]) for name in names)
 
 
-def test_subclasses_may_make_names_of_their_own():
+def test_subclasses_may_create_further_aliases():
     class Own(ScratchDQN):
         def _create_aliases(self):
             super()._create_aliases()

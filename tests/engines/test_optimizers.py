@@ -1,4 +1,4 @@
-"""Every optimiser trains, is saved, loaded and converted, and goes on as if nothing had happened."""
+"""Every optimiser trains, can be saved, loaded and converted, and then continues with the same bits."""
 
 import inspect
 
@@ -15,7 +15,7 @@ SETTINGS = {"learning_starts": 20, "batch_size": 8, "buffer_size": 500, "seed": 
 
 
 class Lion(th.optim.Optimizer):
-    """As packages of optimisers have it, with no defaults but its own (https://arxiv.org/abs/2302.06675)."""
+    """Lion (https://arxiv.org/abs/2302.06675) as third-party packages implement it, with only its own defaults."""
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99)):
         super().__init__(params, {"lr": lr, "betas": betas})
@@ -30,41 +30,41 @@ class Lion(th.optim.Optimizer):
                 average.lerp_(parameter.grad, 1 - second)
 
 
-# LBFGS wants a closure, SparseAdam sparse gradients, Muon matrices alone; SB3's DQN trains with none of them
-UNFIT = {"LBFGS", "SparseAdam", "Muon", "Optimizer"}
+# LBFGS needs a closure, SparseAdam sparse gradients, Muon matrices only; SB3's DQN cannot train with them either
+UNSUPPORTED = {"LBFGS", "SparseAdam", "Muon", "Optimizer"}
 OPTIMIZERS = [
     *(
-        one
-        for name, one in vars(th.optim).items()
-        if inspect.isclass(one) and issubclass(one, th.optim.Optimizer) and name not in UNFIT
+        value
+        for name, value in vars(th.optim).items()
+        if inspect.isclass(value) and issubclass(value, th.optim.Optimizer) and name not in UNSUPPORTED
     ),
     RMSpropTFLike,
     Lion,
 ]
 
 
-@pytest.fixture(params=OPTIMIZERS, ids=lambda one: one.__name__)
+@pytest.fixture(params=OPTIMIZERS, ids=lambda optimizer_class: optimizer_class.__name__)
 def optimizer(request):
     return {"optimizer_class": request.param}
 
 
 @pytest.mark.parametrize("engine", ["auto", "eager"])
-def test_a_saved_model_goes_on_as_if_it_had_not_been_saved(optimizer, engine, tmp_path):
+def test_a_loaded_model_trains_as_the_saved_one(optimizer, engine, tmp_path):
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs=optimizer, engine=engine, **SETTINGS).learn(60)
     model.save(tmp_path / "model.zip")
     model.save_replay_buffer(tmp_path / "replay")
     loaded = ScratchDQN.load(tmp_path / "model.zip", env=TimeoutEnv())
     loaded.load_replay_buffer(tmp_path / "replay")
     assert_equal(loaded.policy.optimizer.state_dict(), model.policy.optimizer.state_dict())
-    for one in (model, loaded):
-        one._current_progress_remaining = 0.5
+    for each in (model, loaded):
+        each._current_progress_remaining = 0.5
         np.random.seed(0)
-        one.train(5, batch_size=8)
+        each.train(5, batch_size=8)
     assert_equal(loaded.policy.state_dict(), model.policy.state_dict())
     assert_equal(loaded.policy.optimizer.state_dict(), model.policy.optimizer.state_dict())
 
 
-def test_parameters_can_be_taken_and_given_back(optimizer):
+def test_parameters_can_be_read_and_set(optimizer):
     model, other = (ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs=optimizer, **SETTINGS) for _ in range(2))
     model.learn(60)
     other.set_parameters(model.get_parameters())
@@ -73,19 +73,19 @@ def test_parameters_can_be_taken_and_given_back(optimizer):
     model.learn(30, reset_num_timesteps=False)
 
 
-def test_models_of_sb3_are_converted_and_back(optimizer):
+def test_models_are_converted_from_sb3_and_back(optimizer):
     reference = DQN("MlpPolicy", TimeoutEnv(), policy_kwargs=optimizer, **SETTINGS).learn(60)
     model = ScratchDQN.from_sb3(reference, engine="eager")
     back = model.to_sb3()
-    for one in (reference, model, back):
+    for each in (reference, model, back):
         np.random.seed(0)
-        one.train(5, batch_size=8)
-    for one in (model, back):
-        assert_equal(one.policy.state_dict(), reference.policy.state_dict())
-        assert_equal(one.policy.optimizer.state_dict(), reference.policy.optimizer.state_dict())
+        each.train(5, batch_size=8)
+    for each in (model, back):
+        assert_equal(each.policy.state_dict(), reference.policy.state_dict())
+        assert_equal(each.policy.optimizer.state_dict(), reference.policy.optimizer.state_dict())
 
 
-def test_the_state_of_another_optimizer_is_refused_and_nothing_changes(tmp_path):
+def test_the_state_of_another_optimizer_raises_an_error_and_changes_nothing(tmp_path):
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs={"optimizer_class": Lion}, **SETTINGS).learn(60)
     before = model.get_parameters()["policy.optimizer"]
     other = ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs={"optimizer_class": th.optim.SGD}, **SETTINGS)

@@ -1,4 +1,4 @@
-"""Policies, networks, buffers and optimisers behind proxies: what is not known gets the plain way, and is right."""
+"""Proxies of policies, networks, buffers and optimisers are trained by plain PyTorch, with the right results."""
 
 import warnings
 
@@ -10,15 +10,15 @@ from stable_baselines3 import DQN
 from torch import nn
 
 from sb3_scratch_dqn import ScratchDQN
-from sb3_scratch_dqn.common.overriding import replaced
-from sb3_scratch_dqn.common.wrappers import plain_names, wrapped_names
+from sb3_scratch_dqn.common.overrides import is_overridden
+from sb3_scratch_dqn.common.wrappers import add_wrapper_prefixes, strip_wrapper_prefixes
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 
 SETTINGS = {"learning_starts": 20, "batch_size": 8, "buffer_size": 500, "seed": 0}
 
 
 class Proxy:
-    """Passes on whatever it has not itself, as users' wrappers do."""
+    """Forwards attributes that it does not have, as wrappers of users do."""
 
     def __init__(self, inner):
         self.__dict__["inner"] = inner
@@ -31,7 +31,7 @@ class Proxy:
 
 
 class ModuleProxy(nn.Module):
-    """The same as a module."""
+    """A proxy that is a module."""
 
     def __init__(self, inner):
         super().__init__()
@@ -48,7 +48,7 @@ class ModuleProxy(nn.Module):
 
 
 class FakeClass(Proxy):
-    """A proxy that says it is what it holds, as those of the package wrapt do."""
+    """A proxy that reports the class of its inner object, as those of the package wrapt do."""
 
     @property
     def __class__(self):
@@ -57,7 +57,7 @@ class FakeClass(Proxy):
 
 def compiled(module):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.compile warns of its own imports
+        warnings.simplefilter("ignore")  # torch.compile warns about its own imports
         return th.compile(module, backend="eager")
 
 
@@ -123,7 +123,7 @@ def faking_buffer(model):
     model.replay_buffer = FakeClass(model.replay_buffer)
 
 
-WITH_NAMES_OF_THEIR_OWN = (wrapped_network,)  # in which parameters lie: only such a model can load them
+WITH_OTHER_PARAMETER_NAMES = (wrapped_network,)  # only a model with the same wrapper can load the parameters
 WRAPS = [
     compile_policy, compile_policy_in_place, compile_network, compile_both_networks, compile_network_by_alias,
     compile_network_in_place, compile_layers, parallel_network, parallel_both_networks, wrapped_policy,
@@ -132,7 +132,7 @@ WRAPS = [
 
 
 def unwrapped(state):
-    """Without what wrappers put in front of names."""
+    """Remove the prefixes that wrappers add to names."""
     for name in ("_orig_mod.", "module.", "inner."):
         state = {key.replace(name, ""): value for key, value in state.items()}
     return state
@@ -140,40 +140,40 @@ def unwrapped(state):
 
 @pytest.mark.parametrize("engine", ["eager", "auto"])
 @pytest.mark.parametrize("wrap", WRAPS, ids=lambda wrap: wrap.__name__)
-def test_training_behind_a_proxy_is_the_training_without_it(wrap, engine, tmp_path):
+def test_training_with_a_proxy_matches_training_without_it(wrap, engine, tmp_path):
     th._dynamo.reset()
     plain, model = (ScratchDQN("MlpPolicy", TimeoutEnv(), engine=engine, **SETTINGS) for _ in range(2))
-    for one in (plain, model):
-        one.set_random_seed(1)
-        if one is model:
-            wrap(one)
-        one.learn(100)
-        one.random_states = random_states()
+    for each in (plain, model):
+        each.set_random_seed(1)
+        if each is model:
+            wrap(each)
+        each.learn(100)
+        each.random_states = random_states()
     expected, got = full_state(plain), full_state(model)
-    expected["parameters"], got["parameters"] = (unwrapped(one["parameters"]) for one in (expected, got))
+    expected["parameters"], got["parameters"] = (unwrapped(state["parameters"]) for state in (expected, got))
     if engine == "eager":
         assert_equal(expected, got)
         assert_equal(plain.random_states, model.random_states)
-    else:  # the plain way differs from the fused one by rounding
+    else:  # the eager engine differs from the fused one by rounding
         for name, value in expected["parameters"].items():
             np.testing.assert_allclose(got["parameters"][name], value, rtol=1e-3, atol=1e-4)
 
     observation = np.ones(3, dtype=np.float32)
     assert model.predict(observation, deterministic=True)[0] == model.q_values(observation).argmax()
     model.save(tmp_path / "model.zip")
-    if wrap in WITH_NAMES_OF_THEIR_OWN:
+    if wrap in WITH_OTHER_PARAMETER_NAMES:
         return
     loaded = ScratchDQN.load(tmp_path / "model.zip", env=TimeoutEnv())
     assert_equal(loaded.policy.state_dict(), got["parameters"])
     np.testing.assert_allclose(loaded.q_values(observation), model.q_values(observation), rtol=1e-5)
     model.set_parameters(model.get_parameters())
-    for one in (loaded, model):
-        one.learn(50, reset_num_timesteps=False)
+    for each in (loaded, model):
+        each.learn(50, reset_num_timesteps=False)
     assert model._n_updates == loaded._n_updates
 
 
 @pytest.mark.parametrize("wrap", [wrapped_buffer, faking_buffer], ids=lambda wrap: wrap.__name__)
-def test_priorities_reach_a_buffer_behind_a_proxy(wrap):
+def test_priorities_reach_a_wrapped_buffer(wrap):
     models = [
         ScratchDQN("MlpPolicy", TimeoutEnv(), replay_buffer_kwargs={"prioritized": True}, engine="eager", **SETTINGS)
         for _ in range(2)
@@ -189,18 +189,18 @@ def test_priorities_reach_a_buffer_behind_a_proxy(wrap):
     assert_equal(*(model.policy.state_dict() for model in models))
 
 
-def test_a_proxy_that_samples_itself_is_asked():
+def test_a_proxy_that_overrides_sample_is_called():
     class Sampling(Proxy):
-        asked = 0
+        n_calls = 0
 
         def sample(self, batch_size, env=None):
-            type(self).asked += 1
+            type(self).n_calls += 1
             return self.inner.sample(batch_size, env)
 
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), **SETTINGS)
     model.replay_buffer = Sampling(model.replay_buffer)
     model.learn(100)
-    assert Sampling.asked == model._n_updates > 0
+    assert Sampling.n_calls == model._n_updates > 0
 
 
 def test_a_compiled_policy_of_sb3_can_be_converted():
@@ -214,14 +214,14 @@ def test_a_compiled_policy_of_sb3_can_be_converted():
     assert_equal(model.to_sb3().policy.state_dict(), unwrapped(reference.policy.state_dict()))
 
 
-def test_a_network_that_passes_on_too_little_for_its_head_is_refused_with_the_reason():
+def test_a_proxy_without_the_outputs_that_its_head_needs_raises_an_error():
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs={"head": "quantile"}, **SETTINGS)
     parallel_network(model)
-    with pytest.raises(ValueError, match=r"a DataParallel without a method outputs\(\), which QuantileHead reads"):
+    with pytest.raises(ValueError, match=r"a DataParallel without a method outputs\(\), which QuantileHead needs"):
         model.learn(50)
 
 
-def test_a_policy_that_passes_on_nothing_is_refused_with_the_reason():
+def test_a_proxy_of_the_policy_without_its_attributes_raises_an_error():
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), **SETTINGS)
     model.policy = nn.DataParallel(model.policy)
     with pytest.raises(ValueError, match=r"policy is a DataParallel, which has no 'q_net': wrap policy\.q_net instead"):
@@ -229,13 +229,13 @@ def test_a_policy_that_passes_on_nothing_is_refused_with_the_reason():
 
 
 @pytest.mark.parametrize("wrap", [compiled, Proxy, FakeClass], ids=lambda wrap: wrap.__name__)
-def test_a_proxy_counts_as_replaced(wrap):
+def test_methods_of_a_proxy_count_as_overridden(wrap):
     policy = ScratchDQN("MlpPolicy", TimeoutEnv()).policy
-    assert not replaced(policy, DQNPolicy, "predict", "noise")
-    assert replaced(wrap(policy), DQNPolicy, "predict", "noise")
+    assert not is_overridden(policy, DQNPolicy, "predict", "noise")
+    assert is_overridden(wrap(policy), DQNPolicy, "predict", "noise")
 
 
-def test_names_of_parameters_are_those_without_wrappers():
+def test_names_of_parameters_have_no_prefixes_of_wrappers():
     def make():
         return nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
 
@@ -244,6 +244,6 @@ def test_names_of_parameters_are_those_without_wrappers():
     module = compiled(nn.DataParallel(module))
     state = module.state_dict()
     assert "_orig_mod.module.1.module.0.weight" in state
-    named = plain_names(state, module)
+    named = strip_wrapper_prefixes(state, module)
     assert named.keys() == plain.state_dict().keys()
-    assert wrapped_names(named, module).keys() == state.keys()
+    assert add_wrapper_prefixes(named, module).keys() == state.keys()

@@ -1,4 +1,4 @@
-"""Dueling streams, noisy layers and implicit quantiles: what they compute, and when there is noise."""
+"""Dueling streams, noisy layers and implicit quantiles: what they compute, and when noise is active."""
 
 import math
 from threading import Event, Thread
@@ -12,8 +12,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 
 from sb3_scratch_dqn import DQNPolicy, ScratchDQN
+from sb3_scratch_dqn.networks.implicit import ImplicitQNetwork
 from sb3_scratch_dqn.networks.noisy import NoisyLinear, _sampled, noise
-from sb3_scratch_dqn.networks.q_network import DuelingStreams, ImplicitQNetwork, QNetwork
+from sb3_scratch_dqn.networks.q_network import DuelingStreams, QNetwork
 from sb3_scratch_dqn.values.heads import HEADS
 
 
@@ -42,7 +43,7 @@ def test_dueling_adds_a_value_to_centred_advantages(widths):
                 assert outputs[i, a, k].item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_each_stream_has_the_last_hidden_layer_for_itself():
+def test_each_stream_has_its_own_last_hidden_layer():
     names = dict(make_policy(net_arch=[16, 8], dueling=True).q_net.named_parameters())
     assert names["q_net.0.weight"].shape == (16, 4)
     assert names["q_net.2.value.0.weight"].shape == (8, 16)
@@ -61,7 +62,7 @@ def test_every_shape_of_network_values_every_action(head, noisy, dueling, net_ar
     outputs = policy.q_net.outputs(OBSERVATIONS)
     assert outputs.shape[:2] == (6, 3)
     outputs.sum().backward()
-    # sigma takes no part where there is no noise
+    # sigma has no effect without noise
     assert all(p.grad is not None for name, p in policy.q_net.named_parameters() if "sigma" not in name)
 
 
@@ -69,7 +70,7 @@ def test_every_shape_of_network_values_every_action(head, noisy, dueling, net_ar
 
 
 def noise_of(layer):
-    """The noise of weights and biases, from what it makes of them."""
+    """Compute the noise of weights and biases from noisy parameters."""
     weight, bias = layer.sample_parameters()
     return (weight - layer.weight) / layer.weight_sigma, (bias - layer.bias) / layer.bias_sigma
 
@@ -83,7 +84,7 @@ def test_the_noise_is_factorized():
     np.testing.assert_allclose(weight_noise, bias_noise[:, None] * inputs)
 
 
-def test_the_noise_is_the_signed_root_of_normal_numbers():
+def test_the_noise_is_the_signed_root_of_normal_samples():
     layer = NoisyLinear(1, 100_000).double()
     f = noise_of(layer)[1].detach()
     normal = f.sign() * f**2
@@ -94,7 +95,7 @@ def test_the_noise_is_the_signed_root_of_normal_numbers():
     assert (normal**4).mean().item() == pytest.approx(3, abs=4 * math.sqrt(96 / n))
 
 
-def test_a_noisy_layer_starts_as_the_paper_says():
+def test_a_noisy_layer_is_initialised_as_in_the_paper():
     layer = NoisyLinear(16, 400, sigma=0.5)
     assert (layer.weight_sigma == 0.5 / 4).all()
     assert (layer.bias_sigma == 0.5 / 4).all()
@@ -108,8 +109,8 @@ def test_a_noisy_layer_computes_the_formula_of_the_paper():
     np.testing.assert_array_equal(layer(x).detach(), nn.functional.linear(x, layer.weight, layer.bias).detach())
     th.manual_seed(0)
     with noise([layer]):
-        got = layer(x)
-        assert th.equal(got, layer(x)), "the same noise until it is drawn again"
+        actual = layer(x)
+        assert th.equal(actual, layer(x)), "the same noise until it is sampled again"
     th.manual_seed(0)
     normal = th.randn(3 + 4)
     f = normal.sign() * normal.abs().sqrt()
@@ -121,41 +122,41 @@ def test_a_noisy_layer_computes_the_formula_of_the_paper():
         ]
         for b in range(5)
     ]
-    np.testing.assert_allclose(got.detach(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(actual.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("engine", ["auto", "eager"])
-def test_noise_belongs_to_the_thread_that_asked_for_it(engine):
+def test_noise_belongs_to_one_thread(engine):
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs={"noisy": True, "noisy_sigma": 3.0}, engine=engine)
     observation = np.ones(3, np.float32)
     expected, seen = model.q_values(observation), []
 
-    def look():
+    def predict():
         seen.append(model.q_values(observation))
         seen.append(model.predict(observation, deterministic=True)[0])
 
     with model.policy.noise():
-        thread = Thread(target=look)
+        thread = Thread(target=predict)
         thread.start()
         thread.join()
-        assert not np.array_equal(model.policy.q_values(observation), expected), "in this thread there is noise"
+        assert not np.array_equal(model.policy.q_values(observation), expected), "this thread has noise"
     np.testing.assert_array_equal(seen[0], expected)
     assert seen[1] == expected.argmax()
 
 
-def test_predictions_of_another_thread_are_those_without_training():
+def test_training_does_not_change_predictions_in_another_thread():
     settings = {"policy_kwargs": {"noisy": True, "noisy_sigma": 3.0}, "learning_rate": 0.0, "engine": "eager"}
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), learning_starts=0, train_freq=1, **settings)
     observation, wrong, calls, stop = np.ones(3, np.float32), [], [], Event()
     expected = model.q_values(observation)
 
-    def look():
+    def predict():
         while not stop.is_set():
             calls.append(None)
             if not np.array_equal(model.q_values(observation), expected):
                 wrong.append(None)
 
-    thread = Thread(target=look)
+    thread = Thread(target=predict)
     thread.start()
     try:
         model.learn(300)
@@ -166,7 +167,7 @@ def test_predictions_of_another_thread_are_those_without_training():
     assert not wrong
 
 
-def test_contexts_of_noise_lie_in_each_other():
+def test_contexts_of_noise_can_be_nested():
     outer, inner = NoisyLinear(2, 2), NoisyLinear(2, 2)
     x = th.ones(1, 2)
     with noise([outer]):
@@ -178,7 +179,7 @@ def test_contexts_of_noise_lie_in_each_other():
         assert th.equal(outer(x), first)
 
 
-def test_noise_ends_with_its_context_even_if_that_fails():
+def test_noise_ends_with_its_context_even_on_an_exception():
     layer = NoisyLinear(4, 3)
     with pytest.raises(ZeroDivisionError), noise([layer]):
         _ = 1 / 0
@@ -186,7 +187,7 @@ def test_noise_ends_with_its_context_even_if_that_fails():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_deterministic_prediction_has_no_noise_and_exploration_has(head):
+def test_only_exploration_has_noise(head):
     model = ScratchDQN(
         "MlpPolicy",
         TimeoutEnv(),
@@ -236,20 +237,20 @@ def test_noise_is_fresh_in_every_update_and_environment_step_and_differs_in_the_
 
 
 def test_noise_is_learned():
-    class Untouched(BaseCallback):
+    class NoNoise(BaseCallback):
         def _on_step(self):
             return not _sampled.get()
 
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs={"noisy": True}, train_freq=1, seed=0)
     before = {name: p.clone() for name, p in model.q_net.named_parameters() if "sigma" in name}
-    model.learn(150, Untouched())
-    assert model.num_timesteps == 150, "outside of updates and actions there is no noise"
+    model.learn(150, NoNoise())
+    assert model.num_timesteps == 150, "callbacks run without noise"
     changed = [not th.equal(before[name], p) for name, p in model.q_net.named_parameters() if "sigma" in name]
     assert changed
     assert all(changed)
 
 
-def test_layers_that_a_network_of_a_user_adds_have_noise_too():
+def test_layers_that_a_subclass_adds_have_noise():
     class Net(QNetwork):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -288,7 +289,7 @@ def test_double_q_learning_chooses_in_evaluation_mode():
 # Implicit quantiles
 
 
-def test_a_network_that_knows_no_fractions_cannot_serve_iqn():
+def test_iqn_needs_an_implicit_network():
     class Net(QNetwork):
         pass
 
@@ -301,19 +302,19 @@ def test_a_network_that_knows_no_fractions_cannot_serve_iqn():
 
 
 @pytest.mark.parametrize("method", ["outputs", "forward"])
-def test_a_network_of_iqn_must_override_what_acting_reads_too(method):
-    with pytest.raises(TypeError, match=r"Net must override outputs_at\(\), which acting and training both read"):
+def test_an_implicit_network_must_override_outputs_at(method):
+    with pytest.raises(TypeError, match=r"Net must override outputs_at\(\), which acting and training both call"):
         type("Net", (ImplicitQNetwork,), {method: lambda self, obs: None})
 
 
-def test_the_target_of_iqn_chooses_by_other_fractions_than_it_is_made_of():
+def test_the_target_of_iqn_chooses_actions_by_evenly_spaced_fractions():
     net = make_policy(head="iqn", head_kwargs={"n_tau_prime": 2}).q_net_target
     np.testing.assert_array_equal(
         net.q_values_from(OBSERVATIONS, net.target_outputs(OBSERVATIONS)).detach(), net(OBSERVATIONS).detach()
     )
 
 
-def test_implicit_quantiles_are_those_of_the_paper():
+def test_implicit_quantiles_equal_the_formula_of_the_paper():
     policy = make_policy(net_arch=[8, 6], head="iqn", head_kwargs={"n_cos": 5})
     net = policy.q_net
     fractions = th.rand(6, 3)
@@ -330,13 +331,13 @@ def test_implicit_quantiles_are_those_of_the_paper():
             assert (outputs[i, :, 3 + j] == fractions[i, j]).all()
 
 
-def test_implicit_quantiles_are_sampled_as_often_as_asked_for():
+def test_the_numbers_of_fractions_are_configurable():
     policy = make_policy(head="iqn", head_kwargs={"n_tau": 3, "n_tau_prime": 5, "n_tau_act": 7})
     first, second = (policy.q_net.outputs(OBSERVATIONS) for _ in range(2))
     assert first.shape == (6, 3, 6)
-    assert not th.equal(first[..., 3:], second[..., 3:]), "fresh fractions each time"
+    assert not th.equal(first[..., 3:], second[..., 3:]), "fractions are sampled in each call"
     fractions = first[:, 0, 3:].flatten()
-    assert len(set(fractions.tolist())) == 18, "and in each sample"
+    assert len(set(fractions.tolist())) == 18, "and for each observation"
     assert policy.q_net_target.target_outputs(OBSERVATIONS).shape == (6, 3, 10)
     expected = policy.q_net.outputs_at(OBSERVATIONS, (th.arange(7).expand(6, 7) + 0.5) / 7)[..., :7].mean(dim=2)
     np.testing.assert_allclose(policy.q_net(OBSERVATIONS).detach(), expected.detach(), atol=1e-6)
@@ -350,6 +351,6 @@ def test_implicit_quantiles_are_sampled_as_often_as_asked_for():
         ({"noisy": True, "noisy_sigma": -1}, "noisy_sigma=-1 must be a number of at least 0"),
     ],
 )
-def test_what_a_network_cannot_be_is_refused(kwargs, message):
+def test_wrong_network_arguments_raise(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ScratchDQN("MlpPolicy", "CartPole-v1", policy_kwargs=kwargs)

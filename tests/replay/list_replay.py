@@ -1,4 +1,4 @@
-"""The naive replay: every step in a list, returns of several steps by a loop."""
+"""A naive replay buffer, the oracle of the tests."""
 
 import copy
 
@@ -8,11 +8,11 @@ from sb3_scratch_dqn.replay.observations import map_observation
 
 
 class ListReplay:
-    """The oracle: every step of every environment in a list, n-step returns by a loop."""
+    """Stores every step of every environment as it was added, and computes n-step returns in a loop."""
 
     def __init__(self, capacity):
         self.capacity = capacity
-        self.rows = {}  # row of the ring -> what was added there
+        self.rows = {}  # row of the ring buffer -> arguments of add()
         self.pos = 0
 
     def add(self, *step):

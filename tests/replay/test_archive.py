@@ -1,4 +1,4 @@
-"""Replay buffers come back from files as they were, and whatever is wrong with a file is told."""
+"""Replay buffers are restored from files exactly, and invalid files raise."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def batch_of(buffer, seed=0):
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("steps", [0, 40, 89, 90, 140])
-def test_a_buffer_comes_back_as_it_was(name, steps, tmp_path):
+def test_a_loaded_buffer_equals_the_saved_one(name, steps, tmp_path):
     model = make(name)
     if steps:
         model.learn(steps)
@@ -66,7 +66,7 @@ def test_a_buffer_comes_back_as_it_was(name, steps, tmp_path):
     assert type(ours.store.obs_store) is type(theirs.store.obs_store)
     if steps:
         assert_equal(batch_of(theirs), batch_of(ours))
-        # and it goes on as the other does
+        # and training continues in the same way
         model.set_env(model.env)
         for one in (model, loaded):
             one.env.seed(1)
@@ -79,7 +79,7 @@ def test_a_buffer_comes_back_as_it_was(name, steps, tmp_path):
         assert_equal(batch_of(theirs), batch_of(ours))
 
 
-def test_what_is_written_are_arrays_that_numpy_reads(tmp_path):
+def test_numpy_reads_the_arrays_of_a_file(tmp_path):
     model = make("prioritized").learn(40)
     model.save_replay_buffer(tmp_path / "replay.npz")
     with np.load(tmp_path / "replay.npz", allow_pickle=False) as arrays:
@@ -88,7 +88,7 @@ def test_what_is_written_are_arrays_that_numpy_reads(tmp_path):
         assert json.loads(arrays["header.json"])["observation_space"] == describe_space(model.observation_space)
 
 
-def test_the_zoo_s_name_and_open_files_will_do(tmp_path):
+def test_the_zoo_s_file_name_and_open_files_are_supported(tmp_path):
     model = make("dense").learn(40)
     model.save_replay_buffer(tmp_path / "new folder" / "replay_buffer.pkl")
     file = io.BytesIO()
@@ -100,7 +100,7 @@ def test_the_zoo_s_name_and_open_files_will_do(tmp_path):
         assert_equal(replay_contents(model.replay_buffer), replay_contents(loaded.replay_buffer))
 
 
-def test_a_crash_in_the_middle_leaves_the_earlier_file_whole(tmp_path, monkeypatch):
+def test_a_crash_while_writing_leaves_the_existing_file_unchanged(tmp_path, monkeypatch):
     model = make("dense").learn(40)
     model.save_replay_buffer(tmp_path / "replay.npz")
     before = (tmp_path / "replay.npz").read_bytes()
@@ -122,7 +122,7 @@ def test_a_crash_in_the_middle_leaves_the_earlier_file_whole(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("name", ["dense", "frames prioritized"])
-def test_a_cut_or_damaged_file_is_told_and_changes_nothing(name, tmp_path):
+def test_a_truncated_or_damaged_file_raises_and_changes_nothing(name, tmp_path):
     model = make(name).learn(120)
     model.save_replay_buffer(tmp_path / "replay.npz")
     whole = (tmp_path / "replay.npz").read_bytes()
@@ -140,7 +140,7 @@ def test_a_cut_or_damaged_file_is_told_and_changes_nothing(name, tmp_path):
             model.load_replay_buffer(tmp_path / "bad.npz", truncate_last_traj=False)
         except ValueError as error:
             refused += "bad.npz" in str(error)
-        # what is not refused makes no difference, such as the time in an entry of the archive
+        # damage that does not raise changes nothing, such as the time of an entry of the archive
         assert_equal(expected, replay_contents(model.replay_buffer))
     assert refused > 120
 
@@ -170,29 +170,29 @@ def header(**changed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (header(format="else"), "is no replay buffer file: its header does not say so"),
-        (header(version=99), "is of version 99 of the format, but this package reads 1"),
+        (header(format="else"), "is not a replay buffer file: its header does not say so"),
+        (header(version=99), "has version 99 of the format, but this package reads version 1"),
         (header(pos=7), "its array 'steps' counts 120, but its 90 rows end before row 7"),
-        (header(pos=700), "pos=700 lies outside of its 90 rows"),
+        (header(pos=700), "pos=700 is outside of its 90 rows"),
         (header(n_envs=3), "has n_envs=3, but must have n_envs=1"),
-        (header(buffer_size=50), "does not hold together"),
-        (header(n_steps="x"), "does not hold together"),
+        (header(buffer_size=50), "is inconsistent"),
+        (header(n_steps="x"), "is inconsistent"),
         (header(stacking={"n_stack": 0, "axes": 0, "padding": "zero"}), "n_stack of at least 1"),
         (header(stacking={"n_stack": 3, "axes": 0, "padding": "zer"}), "padding 'zero' or 'first'"),
-        (header(stacking={"n_stack": 2, "axes": 0, "padding": "zero"}), "does not hold together"),
+        (header(stacking={"n_stack": 2, "axes": 0, "padding": "zero"}), "is inconsistent"),
         (lambda m: m.pop("rewards.npy"), "it has no array 'rewards'"),
         (lambda m: m.update({"rewards.npy": array(np.zeros((90, 2), np.float32))}), r"'rewards' has shape \(90, 2\)"),
         (lambda m: m.update({"rewards.npy": array(np.zeros((90, 1)))}), "dtype float64, but must have .* float32"),
         (lambda m: m.update({"dones.npy": array(np.zeros((9, 1), np.float32))}), r"'dones' has shape \(9, 1\)"),
-        (lambda m: m.update({"actions.npy": array(np.full((90, 1, 1), 3))}), "'actions' has others than 0 to 2"),
-        (lambda m: m.update({"ages.npy": array(np.full((90, 1), 3, np.uint16))}), "'ages' has others than 0 to 2"),
+        (lambda m: m.update({"actions.npy": array(np.full((90, 1, 1), 3))}), "'actions' must be in 0 to 2"),
+        (lambda m: m.update({"ages.npy": array(np.full((90, 1), 3, np.uint16))}), "'ages' must be in 0 to 2"),
         (lambda m: m.update({"last_slots.npy": array(np.full((90, 1), 5, np.int32))}), "'last_slots' points to"),
         (lambda m: m.update({"priorities.npy": array(np.full(90, np.nan))}), "'priorities' must be finite"),
         (lambda m: m.update({"priorities.npy": array(np.zeros(90))}), "'priorities' must not be all 0"),
-        (lambda m: m.update({"rewards.npy": array(np.array([[None]] * 90))}), "is no replay buffer file, or was cut"),
+        (lambda m: m.update({"rewards.npy": array(np.array([[None]] * 90))}), "is not a replay buffer file, or is"),
     ],
 )
-def test_a_foreign_file_is_told_and_changes_nothing(change, message, tmp_path):
+def test_an_inconsistent_file_raises_and_changes_nothing(change, message, tmp_path):
     model = make("frames prioritized").learn(120)
     model.save_replay_buffer(tmp_path / "replay.npz")
     before = replay_contents(model.replay_buffer)
@@ -210,7 +210,7 @@ class RunsCode:
         return (exec, ("from test_archive import RunsCode; RunsCode.ran = True",))
 
 
-def test_a_pickle_is_not_run_unless_the_caller_says_so(tmp_path):
+def test_a_pickle_is_not_run_unless_allow_pickle_is_set(tmp_path):
     (tmp_path / "replay.pkl").write_bytes(pickle.dumps(RunsCode()))
     model = make("dense")
     with pytest.raises(ValueError, match="is a pickle, which can run any code"):
@@ -221,7 +221,7 @@ def test_a_pickle_is_not_run_unless_the_caller_says_so(tmp_path):
     assert RunsCode.ran
 
 
-def test_what_sb3_saved_is_loaded_where_pickles_are_allowed(tmp_path):
+def test_a_pickle_of_sb3_is_loaded_with_allow_pickle(tmp_path):
     reference = DQN("MlpPolicy", TimeoutEnv(), buffer_size=90, seed=0).learn(140)
     reference.save_replay_buffer(tmp_path / "replay")
     model = make("dense")
@@ -230,7 +230,7 @@ def test_what_sb3_saved_is_loaded_where_pickles_are_allowed(tmp_path):
     assert_equal(replay_contents(reference.replay_buffer), replay_contents(model.replay_buffer))
 
 
-def test_a_class_that_only_pickles_know_is_loaded_without_further_words(tmp_path):
+def test_other_buffer_classes_are_loaded_from_pickles_by_default(tmp_path):
     def make_model():
         env = gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=4, continuous=False), 8)
         return ScratchDQN("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=20, seed=0)
@@ -243,25 +243,25 @@ def test_a_class_that_only_pickles_know_is_loaded_without_further_words(tmp_path
     assert isinstance(loaded.replay_buffer, HerReplayBuffer)
 
 
-def test_arrays_do_not_pass_for_a_class_of_somebody_else_s(tmp_path):
+def test_a_file_of_arrays_is_not_loaded_for_another_buffer_class(tmp_path):
     env = gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=4, continuous=False), 8)
     ScratchDQN("MultiInputPolicy", env).save_replay_buffer(tmp_path / "replay")
     model = ScratchDQN("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=20, seed=0)
-    with pytest.raises(ValueError, match="is no pickle of a HerReplayBuffer, as it must be"):
+    with pytest.raises(ValueError, match="must be a pickle of a HerReplayBuffer"):
         model.load_replay_buffer(tmp_path / "replay")
     model.learn(40).save_replay_buffer(tmp_path / "replay")
-    model.load_replay_buffer(tmp_path / "replay", truncate_last_traj=False)  # the .pkl, not the .npz beside it
+    model.load_replay_buffer(tmp_path / "replay", truncate_last_traj=False)  # the .pkl, not the .npz with the same stem
     assert model.replay_buffer.size() == 40
 
 
-def test_how_numpy_prints_does_not_matter(tmp_path):
+def test_print_options_of_numpy_do_not_matter(tmp_path):
     model = ScratchDQN("MlpPolicy", "CartPole-v1")
     model.save_replay_buffer(tmp_path / "replay")
     with np.printoptions(precision=2):
         ScratchDQN("MlpPolicy", "CartPole-v1").load_replay_buffer(tmp_path / "replay")
 
 
-def test_the_last_trajectory_ends_where_it_was_cut(tmp_path):
+def test_the_last_trajectory_is_truncated_on_request(tmp_path):
     model = make("several steps").learn(40)
     model.replay_buffer.dones[39] = 0
     model.save_replay_buffer(tmp_path / "replay")
@@ -289,7 +289,7 @@ def test_the_last_trajectory_ends_where_it_was_cut(tmp_path):
     ],
     ids=str,
 )
-def test_only_a_buffer_of_the_same_spaces_is_read(space):
+def test_a_buffer_of_other_spaces_raises(space):
     actions = gym.spaces.Discrete(2)
     file = io.BytesIO()
     write_replay_buffer(ScratchReplayBuffer(10, space, actions), file)
@@ -306,7 +306,7 @@ def test_only_a_buffer_of_the_same_spaces_is_read(space):
         read_replay_archive(file, "it", space, gym.spaces.Discrete(3), 1, "cpu")
 
 
-def test_large_buffers_are_not_copied_to_be_written(monkeypatch):
+def test_arrays_are_not_copied_for_writing(monkeypatch):
     model = make("frames").learn(40)
     written = []
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""What lies on the device is what the buffer would give: transitions of every store, and priorities."""
+"""The copy on a device gives the batches and priorities of the buffer, for every store."""
 
 import pickle
 from copy import deepcopy
@@ -25,7 +25,7 @@ SHARED = {"optimize_memory_usage": True, "handle_timeout_termination": False}
 
 
 class Stream:
-    """Steps of several environments, with ends and, for stacks, frames that follow one another."""
+    """Steps of several environments, with ends of episodes and, for stacks, consecutive frames."""
 
     def __init__(self, space, n_envs, stacking=None, masks=False, odd=0.0):
         self.rng = np.random.default_rng(3)
@@ -45,7 +45,7 @@ class Stream:
         return self.stacked(drawn, self.stacking.padding == "first")
 
     def each(self, function, *observations):
-        """Apply a function to the arrays of observations, with the axis that frames lie along."""
+        """Apply a function to the axis of the frames and the arrays of observations."""
         if isinstance(self.space, spaces.Dict):
             axes = self.stacking.axes
             return {key: function(axes[key], *(one[key] for one in observations)) for key in self.space.spaces}
@@ -78,7 +78,7 @@ class Stream:
 
     def add_to(self, buffer, steps):
         for _ in range(steps):
-            odd = self.rng.random(self.n_envs) < self.odd  # an episode ends with something that is no stack
+            odd = self.rng.random(self.n_envs) < self.odd  # the last observation of an episode is not a stack
             following = [self.follow(self.one(self.now, env), odd[env]) for env in range(self.n_envs)]
             dones = odd | (self.rng.random(self.n_envs) < 0.2)
             infos = [{"TimeLimit.truncated": bool(self.rng.random() < 0.5 and done)} for done in dones]
@@ -91,7 +91,7 @@ class Stream:
             self.now = self.batched(begun)
 
 
-# Name -> space, arguments of the buffer, arguments of the stream
+# name: (space, arguments of the buffer, arguments of the stream)
 KINDS = {
     "vectors": (BOX, {}, {}),
     "images": (IMAGE, {}, {}),
@@ -119,7 +119,7 @@ def assert_same_batches(buffer, replay, gamma=0.9):
     size = 200
     np.random.seed(1)
     own = buffer.sample_batch(size, gamma=gamma)
-    rows, envs = own.places
+    rows, envs = own.indices
     read = replay.read(th.from_numpy(rows * buffer.n_envs + envs), th.ones(size))
     for name in ("observations", "actions", "next_observations", "weights", "action_masks", "next_action_masks"):
         one, other = getattr(own, name), getattr(read, name)
@@ -133,104 +133,107 @@ def assert_same_batches(buffer, replay, gamma=0.9):
 @pytest.mark.parametrize("n_steps", [1, 3])
 @pytest.mark.parametrize("n_envs", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_copy_gives_the_batches_of_the_buffer_however_it_is_filled(kind, n_envs, n_steps):
+def test_the_copy_gives_the_batches_of_the_buffer(kind, n_envs, n_steps):
     buffer, stream = make(kind, n_envs, n_steps)
-    replay, made = None, 0
+    replay, n_copies = None, 0
     for steps in (1, 5, 0, 3, 30, 1, 7, 39, 40, 95, 2):
         stream.add_to(buffer, steps)
-        if replay is None or not replay.serves(buffer):
-            replay, made = DeviceReplay(buffer, CPU), made + 1
-        replay.follow(0.9)
+        if replay is None or not replay.is_compatible(buffer):
+            replay, n_copies = DeviceReplay(buffer, CPU), n_copies + 1
+        replay.sync(0.9)
         assert_same_batches(buffer, replay)
-    assert made <= (3 if kind == "frames, odd" else 1)
+    assert n_copies <= (3 if kind == "frames, odd" else 1)
     if kind == "frames, odd":
         assert buffer.store.obs_store.last.depth == 4
         assert replay._frames._whole is not None
 
 
-def test_frames_that_turn_out_not_to_be_ones_need_another_copy():
+def test_a_change_to_full_observations_needs_another_copy():
     buffer, stream = make("frames", 1, 1)
     stream.add_to(buffer, 20)
     replay = DeviceReplay(buffer, CPU)
-    replay.follow(0.9)
+    replay.sync(0.9)
     one, another, third = (stream.space.sample()[None] for _ in range(3))
     nothing = np.zeros((1, 1)), np.zeros(1), np.zeros(1), [{}]
     buffer.add(one, another, *nothing)
-    with pytest.warns(UserWarning, match="keeps each observation in full"):
+    with pytest.warns(UserWarning, match="stores each observation in full"):
         buffer.add(another, third, *nothing)
-    assert not replay.serves(buffer)
+    assert not replay.is_compatible(buffer)
     replay = DeviceReplay(buffer, CPU)
-    replay.follow(0.9)
+    replay.sync(0.9)
     assert_same_batches(buffer, replay)
 
 
 @pytest.mark.parametrize("kind", ["vectors", "shared", "frames"])
-def test_trajectories_that_are_ended_later_end_in_the_copy_too(kind):
+def test_cuts_of_trajectories_are_copied(kind):
     buffer, stream = make(kind, 2, 3)
     stream.add_to(buffer, 9)
     replay = DeviceReplay(buffer, CPU)
     for steps in (4, 50, 0, 1):
-        replay.follow(0.9)
+        replay.sync(0.9)
         buffer.end_trajectories()
         stream.add_to(buffer, steps)
-        replay.follow(0.9)
+        replay.sync(0.9)
         assert_same_batches(buffer, replay)
 
 
-def test_what_somebody_writes_into_the_arrays_of_the_buffer_is_copied():
+def test_modified_arrays_of_the_buffer_are_copied():
     buffer, stream = make("vectors", 1, 1)
     stream.add_to(buffer, 20)
     replay = DeviceReplay(buffer, CPU)
-    replay.follow(0.9)
+    replay.sync(0.9)
     buffer.rewards[:] = 5
     buffer.observations = buffer.observations + 1
-    replay.follow(0.5)
+    replay.sync(0.5)
     assert_same_batches(buffer, replay, gamma=0.5)
     assert (replay.read(th.arange(10), th.ones(10)).returns == 5).all()
 
 
-def test_only_what_was_written_travels():
+def test_only_written_rows_are_copied():
     buffer, stream = make("frames", 1, 1)
     stream.add_to(buffer, 60)
     replay = DeviceReplay(buffer, CPU)
-    replay.follow(0.9)
-    travelled = []
+    replay.sync(0.9)
+    copied_rows = []
 
     def watched(own):
-        return lambda begin, end, arrays: travelled.append(end - begin) or own(begin, end, arrays)
+        return lambda begin, end, arrays: copied_rows.append(end - begin) or own(begin, end, arrays)
 
     for ring in (replay._ring, replay._frames._ring):
-        ring.follow = watched(ring.follow)
+        ring.copy_rows = watched(ring.copy_rows)
     stream.add_to(buffer, 4)
-    replay.follow(0.9)
-    assert sum(travelled) == 5 + 5  # the newest row and frame of the last time once more
+    replay.sync(0.9)
+    assert sum(copied_rows) == 5 + 5  # and the newest row and frame of the last sync
     assert_same_batches(buffer, replay)
 
 
-def test_another_buffer_other_steps_and_the_first_masks_need_another_copy():
+def test_another_buffer_other_n_steps_and_the_first_masks_need_another_copy():
     buffer, stream = make("vectors", 1, 1)
     stream.add_to(buffer, 5)
     replay = DeviceReplay(buffer, CPU)
-    assert replay.serves(buffer)
-    assert not replay.serves(deepcopy(buffer))
+    assert replay.is_compatible(buffer)
+    assert not replay.is_compatible(deepcopy(buffer))
     buffer.n_steps = 2
-    assert not replay.serves(buffer)
+    assert not replay.is_compatible(buffer)
     buffer.n_steps = 1
     stream.masks = True
     stream.add_to(buffer, 1)
-    assert not replay.serves(buffer)
+    assert not replay.is_compatible(buffer)
     buffer.reset()
-    assert not DeviceReplay(buffer, CPU).serves(make("vectors", 1, 1)[0])
+    assert not DeviceReplay(buffer, CPU).is_compatible(make("vectors", 1, 1)[0])
 
 
-def test_observations_that_no_device_can_gather_stay_on_the_host():
+def test_unsupported_dtypes_have_a_reason():
     space = spaces.Box(0, 5, (2,), np.uint64)
     buffer = ScratchReplayBuffer(10, space, spaces.Discrete(2), device="cpu")
-    assert DeviceReplay.unsupported_reason(buffer, CPU) == "observations of dtype uint64 stay in the memory of the host"
+    assert (
+        DeviceReplay.unsupported_reason(buffer, CPU)
+        == "observations of dtype uint64 are not supported on other devices"
+    )
     assert DeviceReplay.unsupported_reason(make("dict", 1, 1)[0], CPU) is None
 
 
-def test_a_buffer_that_does_not_fit_stays_on_the_host(monkeypatch):
+def test_a_buffer_that_does_not_fit_into_memory_has_a_reason(monkeypatch):
     buffer, _ = make("frames", 1, 1)
     monkeypatch.setattr(device_module.th.cuda, "mem_get_info", lambda _: (10_000, 20_000))
     reason = DeviceReplay.unsupported_reason(buffer, th.device("cuda"))
@@ -242,7 +245,7 @@ def test_a_buffer_that_does_not_fit_stays_on_the_host(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 5, WIDTH, WIDTH + 1, 3000, 40_000])
-def test_both_trees_find_the_same(size):
+def test_both_trees_find_the_same_indices(size):
     rng = np.random.default_rng(size)
     values = rng.random(size) * (rng.random(size) < 0.7)
     values[rng.integers(size)] = 1.0
@@ -251,10 +254,10 @@ def test_both_trees_find_the_same(size):
     tree.set(np.arange(size), values)
     on_device.fill(values)
     for _ in range(5):
-        parts = (np.arange(300) + rng.random(300)) / 300
-        parts[0], parts[-1] = 0.0, 1.0
-        found = on_device.find(th.from_numpy(parts)).numpy()
-        np.testing.assert_array_equal(found, tree.find(parts))
+        fractions = (np.arange(300) + rng.random(300)) / 300
+        fractions[0], fractions[-1] = 0.0, 1.0
+        found = on_device.find(th.from_numpy(fractions)).numpy()
+        np.testing.assert_array_equal(found, tree.find(fractions))
         assert (values[found] > 0).all()
         assert (np.diff(found) >= 0).all()
         changed = rng.permutation(size)[: rng.integers(1, size + 1)]
@@ -264,7 +267,7 @@ def test_both_trees_find_the_same(size):
         np.testing.assert_array_equal(on_device.values.numpy(), values)
 
 
-def test_values_of_very_different_size_are_found_where_they_lie():
+def test_the_tree_finds_values_of_very_different_magnitude():
     values = np.array([0, 1e-300, 0, 1e300, 0, 1.0, 0] * 30)
     tree = DeviceSumTree(len(values), CPU)
     tree.fill(values)
@@ -280,9 +283,9 @@ def prioritized(n_envs=2, capacity=30, **kwargs):
     return buffer, Stream(BOX, n_envs)
 
 
-def borrowed(buffer):
+def owned(buffer):
     priorities = DevicePriorities(buffer.buffer_size, buffer.n_envs, buffer.optimize_memory_usage, CPU)
-    priorities.follow(buffer.sampler)
+    priorities.sync(buffer.sampler)
     return priorities
 
 
@@ -291,29 +294,29 @@ def settings_of(sampler):
 
 
 @pytest.mark.parametrize("kwargs", [{}, SHARED])
-def test_lent_priorities_become_what_the_sampler_would_have_made_of_them(kwargs):
+def test_priorities_on_the_device_equal_those_of_the_sampler(kwargs):
     (buffer, stream), (twin, twin_stream) = prioritized(**kwargs), prioritized(**kwargs)
     for one, its_stream in ((buffer, stream), (twin, twin_stream)):
         its_stream.add_to(one, 10)
-    priorities, rng = borrowed(buffer), np.random.default_rng(0)
+    priorities, rng = owned(buffer), np.random.default_rng(0)
     for steps in (0, 3, 1, 40, 65, 2):
         for one, its_stream in ((buffer, stream), (twin, twin_stream)):
             its_stream.add_to(one, steps)
-        priorities.follow(buffer.sampler)
-        assert buffer.sampler.is_lent_to(priorities)
+        priorities.sync(buffer.sampler)
+        assert buffer.sampler.is_owned_by(priorities)
         np.random.seed(steps)
         draw = twin.sampler.draw(twin, 16)
         np.random.seed(steps)
-        parts = th.from_numpy(buffer.sampler.draw_parts(buffer, 16))
-        places, weights = priorities.draw(parts, th.tensor(buffer.sampler.beta_now, dtype=th.float64))
-        np.testing.assert_array_equal(places.numpy(), draw.rows * 2 + draw.envs)
+        fractions = th.from_numpy(buffer.sampler.draw_fractions(buffer, 16))
+        indices, weights = priorities.draw(fractions, th.tensor(buffer.sampler.beta_now, dtype=th.float64))
+        np.testing.assert_array_equal(indices.numpy(), draw.rows * 2 + draw.envs)
         np.testing.assert_allclose(weights.numpy(), draw.weights, rtol=1e-6)
         new = th.from_numpy(rng.random(16).astype(np.float32))
         twin.sampler.update(draw.rows, draw.envs, new)
-        priorities.update(places, new, *settings_of(buffer.sampler))
-        if steps == 1:  # somebody looks
+        priorities.update(indices, new, *settings_of(buffer.sampler))
+        if steps == 1:  # the sampler uses its priorities
             np.testing.assert_allclose(buffer.sampler.tree.values, twin.sampler.tree.values, rtol=1e-12)
-            assert not buffer.sampler.is_lent_to(priorities)
+            assert not buffer.sampler.is_owned_by(priorities)
     for one, its_stream in ((buffer, stream), (twin, twin_stream)):
         its_stream.add_to(one, 2)
     assert buffer.sampler.max_value == pytest.approx(twin.sampler.max_value)
@@ -322,22 +325,22 @@ def test_lent_priorities_become_what_the_sampler_would_have_made_of_them(kwargs)
 
 
 @pytest.mark.parametrize("again", [deepcopy, lambda sampler: pickle.loads(pickle.dumps(sampler))])
-def test_a_sampler_that_lent_its_priorities_is_copied_with_them(again):
+def test_a_sampler_is_copied_with_priorities_that_another_object_owns(again):
     buffer, stream = prioritized()
     stream.add_to(buffer, 10)
-    priorities = borrowed(buffer)
+    priorities = owned(buffer)
     priorities.update(th.tensor([1, 1, 4]), th.tensor([9.0, 7.0, 0.5]), *settings_of(buffer.sampler))
     copy = again(buffer.sampler)
-    expected = (np.array([7.0, 0.5]) + buffer.sampler.epsilon) ** buffer.sampler.alpha  # the last one counts
+    expected = (np.array([7.0, 0.5]) + buffer.sampler.epsilon) ** buffer.sampler.alpha  # of index 1, the last counts
     np.testing.assert_allclose(copy.tree.values[[1, 4]], expected)
     assert copy.tree.values[0] == 1
-    assert not copy.is_lent_to(priorities)
+    assert not copy.is_owned_by(priorities)
 
 
-def test_a_priority_that_is_no_number_leaves_the_priorities_alone():
+def test_a_priority_that_is_not_finite_changes_no_priority():
     buffer, stream = prioritized()
     stream.add_to(buffer, 10)
-    priorities = borrowed(buffer)
+    priorities = owned(buffer)
     priorities.update(th.tensor([1, 4]), th.tensor([9.0, float("nan")]), *settings_of(buffer.sampler))
     assert priorities.diverged
     assert buffer.sampler.tree.values[1] == buffer.sampler.max_value == 1

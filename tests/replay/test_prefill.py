@@ -1,4 +1,4 @@
-"""Transitions that somebody else collected go into replay as they are, or not at all."""
+"""Given transitions are stored unchanged, or none of them is stored."""
 
 import gc
 import sys
@@ -20,7 +20,7 @@ from sb3_scratch_dqn.replay.prefill import read_transitions
 
 
 def collected(env, episodes, seed=0):
-    """Transitions of whole episodes, with random actions."""
+    """Return the transitions of whole episodes with random actions."""
     data = {name: [] for name in ("observations", "actions", "rewards", "next_observations", "terminations")}
     data["truncations"] = []
     rng = np.random.default_rng(seed)
@@ -53,7 +53,7 @@ def small_model(env=None, **settings):
     return ScratchDQN("MlpPolicy", env or TimeoutEnv(), **{"buffer_size": 1000, "seed": 0, **settings})
 
 
-def test_arrays_are_stored_as_they_are():
+def test_arrays_are_stored_unchanged():
     model = small_model()
     assert model.load_transitions(DATA) == N
     buffer = model.replay_buffer
@@ -68,7 +68,7 @@ def test_arrays_are_stored_as_they_are():
     assert 0 < DATA["terminations"].sum() < 12
 
 
-def test_it_is_what_an_agent_collects_itself():
+def test_loaded_transitions_equal_those_an_agent_collects():
     model = small_model(learning_starts=10**6, seed=3).learn(200)
     buffer = model.replay_buffer
     rows = slice(0, 200)
@@ -85,11 +85,11 @@ def test_it_is_what_an_agent_collects_itself():
         other = small_model()
         assert other.load_transitions(source) == 200
         assert_equal(expected, replay_contents(other.replay_buffer))
-        # The last episode has not ended, but nobody can go on with it
+        # The last episode has not ended, but no transition continues it
         np.testing.assert_array_equal(np.flatnonzero(other.replay_buffer.store.cuts[:200, 0]), [199])
 
 
-def test_what_is_not_continued_counts_as_truncated():
+def test_transitions_that_the_next_does_not_continue_count_as_truncated():
     order = np.random.default_rng(0).permutation(N)
     shuffled = {name: array[order] for name, array in DATA.items()}
     model = small_model(n_steps=3)
@@ -101,13 +101,13 @@ def test_what_is_not_continued_counts_as_truncated():
     np.testing.assert_array_equal(buffer.store.cuts[: N - 1, 0], ~ended[:-1] & ~follows)
     np.random.seed(0)
     batch = buffer.sample_batch(200)
-    rows = batch.places[0]
+    rows = batch.indices[0]
     single = batch.discounts == np.float32(0.99)
     assert single.any()
     np.testing.assert_allclose(batch.returns[single], shuffled["rewards"][rows][single], rtol=1e-6)
 
 
-def test_each_environment_gets_a_piece():
+def test_each_environment_gets_a_part():
     model = small_model(make_vec_env(TimeoutEnv, n_envs=5), n_steps=2)
     stored = model.load_transitions(DATA)
     assert N % 5 != 0
@@ -122,7 +122,7 @@ def test_each_environment_gets_a_piece():
 @pytest.mark.parametrize("n_envs", [1, 2])
 @pytest.mark.parametrize("steps", [60, 300])
 @pytest.mark.parametrize("share", [False, True])
-def test_a_buffer_of_sb3_is_read_from_its_oldest_transition_on(n_envs, steps, share):
+def test_a_buffer_of_sb3_is_read_oldest_transition_first(n_envs, steps, share):
     env = make_vec_env(TimeoutEnv, n_envs=n_envs, seed=0)
     settings = {"optimize_memory_usage": share, "replay_buffer_kwargs": {"handle_timeout_termination": not share}}
     reference = DQN("MlpPolicy", env, buffer_size=200, learning_starts=10**6, seed=0, **settings).learn(steps)
@@ -147,7 +147,7 @@ def test_a_buffer_of_sb3_is_read_from_its_oldest_transition_on(n_envs, steps, sh
             assert transitions.gaps[at] == (index == rows - 1 and not ended)
 
 
-def test_frames_that_were_kept_once_are_read_and_kept_once():
+def test_frames_stored_once_are_read_and_stored_once():
     def make_env():
         return VecFrameStack(make_vec_env(TimeoutEnv, n_envs=2, seed=0), 3)
 
@@ -158,23 +158,23 @@ def test_frames_that_were_kept_once_are_read_and_kept_once():
     assert_equal(
         replay_contents(model.replay_buffer)["observations"], replay_contents(other.replay_buffer)["observations"]
     )
-    other.learn(200)  # the environments are reset, so that frames go on being stacks
+    other.learn(200)  # the environments are reset, so frames stay stacks
     assert isinstance(other.replay_buffer.store.obs_store, StackedFrames)
 
 
-def test_a_full_buffer_of_frames_goes_into_more_environments_as_frames():
+def test_a_full_buffer_of_frames_is_split_among_more_environments():
     def make_env(n_envs):
         return VecFrameStack(make_vec_env(TimeoutEnv, n_envs=n_envs, seed=0), 3)
 
     model = small_model(make_env(1), learning_starts=10**6, buffer_size=400).learn(600)
     other = small_model(make_env(2))
-    assert other.load_transitions(model.replay_buffer) == 400  # its oldest step, and the 201st, lie within episodes
+    assert other.load_transitions(model.replay_buffer) == 400  # its oldest step, and the 201st, are within episodes
     assert isinstance(other.replay_buffer.store.obs_store, StackedFrames)
     kept = np.asarray(other.replay_buffer.observations)[:200].swapaxes(0, 1).reshape(400, -1)
     assert_equal(np.roll(np.asarray(model.replay_buffer.observations)[:, 0], -model.replay_buffer.pos, axis=0), kept)
 
 
-def test_masks_are_read_too():
+def test_masks_are_read():
     model = small_model(MaskedEnv(), learning_starts=10**6).learn(80)
     other = small_model(MaskedEnv())
     other.load_transitions(model.replay_buffer)
@@ -213,13 +213,13 @@ def test_an_agent_learns_from_data_alone():
             obs, _, terminated, truncated, _ = env.step(int(model.predict(obs, deterministic=True)[0]))
             steps, ended = steps + 1, terminated or truncated
         lengths.append(steps)
-    assert np.mean(lengths) > 60, lengths  # at random 22; seeds 0 to 4 gave 157 to 217
+    assert np.mean(lengths) > 60, lengths  # random actions give 22; seeds 0 to 4 gave 157 to 217
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (42, "data is a int, but must be a dict of arrays, a replay buffer, or a Minari data set"),
+        (42, "data has type int, but must be a dict of arrays, a replay buffer, or a Minari data set"),
         (changed(DATA, rewards=None), "data has no 'rewards': it must have observations, actions"),
         ({**DATA, "dones": DATA["terminations"]}, "data has the unknown name 'dones'"),
         (changed(DATA, actions=DATA["actions"] + 1), r"data\['actions'\] has 1 to 3, but must have 0 to 2"),
@@ -229,16 +229,19 @@ def test_an_agent_learns_from_data_alone():
             changed(DATA, rewards=DATA["rewards"][1:]),
             rf"data\['rewards'\] has shape \({N - 1},\), but must have \({N},\)",
         ),
-        (changed(DATA, rewards=DATA["rewards"] * np.nan), "must be finite numbers, in 32 bits"),
+        (changed(DATA, rewards=DATA["rewards"] * np.nan), "must be finite numbers of dtype float32"),
         (changed(DATA, observations=DATA["observations"][:, :2]), rf"shape \({N}, 2\) .* must have shape \({N}, 3\)"),
         (changed(DATA, observations=DATA["observations"] * np.inf), r"data\['observations'\] must be finite"),
         (changed(DATA, observations=DATA["observations"].astype(complex)), "dtype complex128, but must have"),
         (changed(DATA, next_observations={"a": DATA["observations"]}), r"data\['next_observations'\] has shape \(\)"),
         ({**DATA, "action_masks": np.ones((N, 3))}, "only one of 'action_masks' and 'next_action_masks'"),
-        (changed(DATA, rewards=DATA["rewards"] + 1e300), "must be finite numbers, in 32 bits"),
-        (changed(DATA, rewards=["a"] * N), r"data\['rewards'\] must be an array of numbers, but is none"),
+        (changed(DATA, rewards=DATA["rewards"] + 1e300), "must be finite numbers of dtype float32"),
+        (changed(DATA, rewards=["a"] * N), r"data\['rewards'\] must be an array of numbers, but contains strings"),
         (changed(DATA, observations=[[1, 2, 3], [4]] * N), r"data\['observations'\] must be an array of numbers"),
-        (changed(DATA, terminations=DATA["terminations"] + 0.5), r"data\['terminations'\] must be of true and false"),
+        (
+            changed(DATA, terminations=DATA["terminations"] + 0.5),
+            r"data\['terminations'\] must have only True and False",
+        ),
         (
             changed(DATA, observations=DATA["observations"] + np.float64(1e300)),
             "must be finite numbers of dtype float32",
@@ -246,7 +249,7 @@ def test_an_agent_learns_from_data_alone():
         ({**DATA, "action_masks": np.zeros((N, 3)), "next_action_masks": np.ones((N, 3))}, "must allow an action"),
     ],
 )
-def test_data_that_does_not_fit_is_told_and_none_of_it_is_stored(data, message):
+def test_invalid_data_raises_and_none_of_it_is_stored(data, message):
     model = small_model()
     with pytest.raises(ValueError, match=message):
         model.load_transitions(data)
@@ -262,7 +265,7 @@ def test_data_that_does_not_fit_is_told_and_none_of_it_is_stored(data, message):
         (gym.spaces.MultiBinary(1), 2),
     ],
 )
-def test_whole_numbers_must_lie_within_the_space(space, wrong):
+def test_integers_must_be_in_the_space(space, wrong):
     def data(value):
         observations = np.array([[0], [value]], dtype=np.uint16)
         return {
@@ -278,7 +281,7 @@ def test_whole_numbers_must_lie_within_the_space(space, wrong):
         read_transitions(data(wrong), space, 2)
 
 
-def test_a_gap_in_any_part_of_an_observation_is_one():
+def test_a_gap_in_any_key_of_an_observation_is_a_gap():
     data = collected(DictEnv(), 1, seed=1)
     assert len(data["actions"]) > 4
     for key in data["observations"]:
@@ -288,7 +291,7 @@ def test_a_gap_in_any_part_of_an_observation_is_one():
         np.testing.assert_array_equal(np.flatnonzero(gaps), [2])
 
 
-def test_what_was_there_before_ends_where_data_begins():
+def test_earlier_trajectories_are_cut_where_data_begins():
     model = small_model(n_steps=3).learn(8)
     model.replay_buffer.dones[7] = 0
     model.load_transitions(DATA)
@@ -297,18 +300,16 @@ def test_what_was_there_before_ends_where_data_begins():
     assert fold.last_rows.max() == 7
 
 
-def test_gaps_are_none_of_a_time_limit_s_business():
+def test_gaps_are_stored_without_handle_timeout_termination():
     shuffled = {name: array[::-1] for name, array in DATA.items()}
     model = small_model(replay_buffer_kwargs={"handle_timeout_termination": False})
     model.load_transitions(changed(shuffled, truncations=None))
     np.testing.assert_array_equal(model.replay_buffer.dones[:N, 0], shuffled["terminations"])
 
 
-def test_observations_that_are_kept_once_take_no_gaps_and_a_row_more():
+def test_optimize_memory_usage_allows_no_gaps_and_takes_another_row():
     settings = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
-    with pytest.raises(
-        ValueError, match=rf"data has {N} transitions, but must have 1 to {N - 1}, which buffer_size={N}"
-    ):
+    with pytest.raises(ValueError, match=rf"data has {N} transitions, but must have 1 to {N - 1} with buffer_size={N}"):
         small_model(buffer_size=N, **settings).load_transitions(DATA)
     with pytest.raises(ValueError, match=r"data has \d+ transitions that the next one does not continue"):
         small_model(**settings).load_transitions({name: array[::-1] for name, array in DATA.items()})
@@ -317,18 +318,18 @@ def test_observations_that_are_kept_once_take_no_gaps_and_a_row_more():
     np.testing.assert_array_equal(model.replay_buffer.rewards[:N, 0], DATA["rewards"].astype(np.float32))
 
 
-def test_hindsight_needs_whole_episodes():
+def test_her_needs_whole_episodes():
     env = gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=4, continuous=False), 8)
     model = ScratchDQN("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=20, seed=0).learn(
         24
     )
-    with pytest.raises(ValueError, match="replay_buffer_class=HerReplayBuffer must have whole episodes"):
+    with pytest.raises(ValueError, match="replay_buffer_class=HerReplayBuffer needs whole episodes"):
         model.load_transitions(model.replay_buffer)
 
 
 def test_data_must_fit_into_the_buffer():
     model = small_model(buffer_size=N - 1)
-    with pytest.raises(ValueError, match=rf"data has {N} transitions, but must have 1 to {N - 1}, which buffer_size="):
+    with pytest.raises(ValueError, match=rf"data has {N} transitions, but must have 1 to {N - 1} with buffer_size="):
         model.load_transitions(DATA)
     two = small_model(make_vec_env(TimeoutEnv, n_envs=2))
     with pytest.raises(ValueError, match="data has 1 transitions, but must have 2 to 1000"):
@@ -336,14 +337,14 @@ def test_data_must_fit_into_the_buffer():
     assert model.replay_buffer.size() == two.replay_buffer.size() == 0
 
 
-def test_minari_is_asked_for_by_the_name_of_its_extra(monkeypatch):
+def test_the_error_for_missing_minari_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", None)
     with pytest.raises(ImportError, match=r"data='a/b-v0' names a Minari .* pip install 'sb3-scratch-dqn\[minari\]'"):
         small_model().load_transitions("a/b-v0")
 
 
 class Episode:
-    """As Minari gives them: one observation more than actions."""
+    """An episode in Minari's form: one more observation than actions."""
 
     def __init__(self, rng, length, terminated):
         self.observations = rng.normal(size=(length + 1, 3)).astype(np.float32)
@@ -354,7 +355,7 @@ class Episode:
             self.terminations[-1], self.truncations[-1] = terminated, not terminated
 
 
-def test_episodes_as_minari_has_them_are_read():
+def test_episodes_in_minari_s_form_are_read():
     class Dataset:
         episodes = [
             Episode(np.random.default_rng(seed), length, seed % 2 == 0) for seed, length in enumerate((5, 0, 1))
@@ -371,7 +372,7 @@ def test_episodes_as_minari_has_them_are_read():
     assert not transitions.truncations.any()
 
 
-def test_a_data_set_of_minari_is_read(tmp_path, monkeypatch):
+def test_a_minari_data_set_is_read(tmp_path, monkeypatch):
     minari = pytest.importorskip("minari")
     pytest.importorskip("jax", reason="Minari needs it to make data sets, though not to read them")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
@@ -383,7 +384,7 @@ def test_a_data_set_of_minari_is_read(tmp_path, monkeypatch):
             _, _, terminated, truncated, _ = env.step(seed % 2)
             ended = terminated or truncated
     with warnings.catch_warnings():
-        # Of the things that a data set to be published should have, and of a folder of its own that it leaves behind
+        # About missing metadata of data sets, and about a temporary folder that Minari does not remove
         warnings.simplefilter("ignore")
         dataset = env.create_dataset("test/cartpole-v0")
         del env

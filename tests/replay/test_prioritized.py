@@ -1,4 +1,4 @@
-"""Prioritized replay: the tree of sums against running sums, frequencies against their formula."""
+"""Prioritized replay: the sum tree against running sums, frequencies against their formula."""
 
 import copy
 import pickle
@@ -28,9 +28,9 @@ ACTIONS = gym.spaces.Discrete(3)
     seed=st.integers(0, 1000),
     zeros=st.sampled_from([0.0, 0.5, 0.99]),
 )
-def test_the_tree_finds_what_running_sums_find(size, seed, zeros):
+def test_the_tree_finds_the_indices_of_running_sums(size, seed, zeros):
     rng = np.random.default_rng(seed)
-    # Whole numbers add up without rounding, so that both must agree to the last index
+    # Integers add up without rounding, so both must find the same indices
     values = rng.integers(1, 1000, size) * (rng.uniform(size=size) >= zeros)
     values[rng.integers(size)] += 1
     tree = SumTree()
@@ -38,7 +38,7 @@ def test_the_tree_finds_what_running_sums_find(size, seed, zeros):
         tree.reserve(int(part.max(initial=0)) + 1)
         tree.set(part, values[part].astype(float))
     assert tree.total == values.sum()
-    # Halves, which the product with the total, a sum of whole numbers, may miss by far less than a half
+    # Half-integers: rounding of their fractions of the total, an integer, changes them by far less than a half
     sums = rng.integers(0, values.sum(), 200) + 0.5
     found = tree.find(sums / values.sum())
     np.testing.assert_array_equal(found, np.searchsorted(values.cumsum(), sums, side="right"))
@@ -49,15 +49,15 @@ def test_the_tree_never_finds_a_value_of_zero_by_rounding():
     tree = SumTree()
     tree.reserve(WIDTH**2)
     rng = np.random.default_rng(0)
-    places = rng.choice(WIDTH**2, 500, replace=False)
-    tree.set(places, rng.uniform(0.1, 1, 500) ** 7)
+    indices = rng.choice(WIDTH**2, 500, replace=False)
+    tree.set(indices, rng.uniform(0.1, 1, 500) ** 7)
     found = tree.find(np.array([0.0, np.nextafter(1.0, 0), 1.0]))
-    assert set(found) <= set(places)
-    assert found[0] == places.min()
-    assert found[-1] == places.max()
+    assert set(found) <= set(indices)
+    assert found[0] == indices.min()
+    assert found[-1] == indices.max()
 
 
-def test_of_a_value_set_twice_at_once_the_last_counts():
+def test_the_last_value_of_a_repeated_index_counts():
     tree = SumTree()
     tree.set(np.array([3, 3, 5]), np.array([7.0, 2.0, 1.0]))
     assert tree.total == 3.0
@@ -81,8 +81,8 @@ def filled(n=50, n_envs=1, capacity=50, **kwargs):
     return buffer
 
 
-def places(batch, n_envs):
-    rows, envs = batch.places
+def flat_indices(batch, n_envs):
+    rows, envs = batch.indices
     return rows * n_envs + envs
 
 
@@ -96,16 +96,16 @@ def test_frequencies_follow_the_priorities(alpha, n_envs):
     np.random.seed(0)
     counts = np.zeros(50 * n_envs)
     for _ in range(250):
-        # One transition a batch, so that draws are independent; many batches at once by asking the tree itself
+        # Batches of one transition, so that draws are independent; searching the tree directly draws many at once
         counts += np.bincount(buffer.sampler.tree.find(np.random.random_sample(4000)), minlength=len(counts))[
             : len(counts)
         ]
     expected = (priorities + 1e-6) ** alpha
     assert chisquare(counts, 1_000_000 * expected / expected.sum()).pvalue > 1e-3
-    # and a stratified batch takes each of its parts from the same distribution
+    # and stratified batches have the same distribution
     counts[:] = 0
     for _ in range(3000):
-        counts += np.bincount(places(buffer.sample_batch(32), n_envs), minlength=len(counts))
+        counts += np.bincount(flat_indices(buffer.sample_batch(32), n_envs), minlength=len(counts))
     np.testing.assert_allclose(counts / counts.sum(), expected / expected.sum(), rtol=0.25, atol=2e-4)
 
 
@@ -130,7 +130,7 @@ def test_weights_are_those_of_the_paper():
     for progress_remaining, beta in ((1.0, 0.5), (0.5, 0.7), (0.0, 0.9)):
         buffer.sampler.set_progress(progress_remaining)
         batch = buffer.sample_batch(16)
-        weights = (50 * probabilities[batch.places[0]]) ** -beta
+        weights = (50 * probabilities[batch.indices[0]]) ** -beta
         np.testing.assert_allclose(batch.weights, weights / weights.max(), rtol=1e-5)
 
 
@@ -143,7 +143,7 @@ def test_new_transitions_have_the_largest_priority_so_far():
     np.testing.assert_allclose(buffer.sampler.tree.values[[3, 4, 10]], [2.0, 0.5, 5.0], rtol=1e-5)
 
 
-def test_what_is_overwritten_gets_a_new_priority():
+def test_overwritten_rows_get_the_priority_of_new_ones():
     buffer = filled(n=5, capacity=5)
     buffer.sampler.update(np.arange(5), np.zeros(5, dtype=int), th.full((5,), 1e-3))
     buffer.add(*next(steps(1, seed=1)))
@@ -152,10 +152,10 @@ def test_what_is_overwritten_gets_a_new_priority():
     assert values[0] == 1.0
 
 
-def test_observations_kept_once_are_sampled_only_where_what_came_next_is_still_there():
+def test_with_optimize_memory_usage_only_rows_with_a_next_observation_are_sampled():
     buffer = filled(n=27, capacity=10, n_envs=2, optimize_memory_usage=True, handle_timeout_termination=False)
     assert buffer.pos == 7
-    rows, _ = buffer.sample_batch(5000).places
+    rows, _ = buffer.sample_batch(5000).indices
     assert set(rows) == set(range(10)) - {7}
 
 
@@ -168,15 +168,29 @@ def test_copies_and_pickles_sample_the_same():
         drawn = []
         for one in (buffer, restored):
             np.random.seed(0)
-            drawn.append(one.sample_batch(64).places[0])
+            drawn.append(one.sample_batch(64).indices[0])
         np.testing.assert_array_equal(*drawn)
         for step in steps(200, seed=2):
             restored.add(*step)
         assert restored.sampler.tree.values[:500].all()
 
 
+@pytest.mark.parametrize("old_names", [{"_owner": "_borrower"}, {"_tree": "tree", "_max_value": "max_value"}])
+def test_pickled_samplers_with_old_attribute_names_are_read(old_names):
+    sampler = filled(n=30).sampler
+    sampler.update(np.arange(30), np.zeros(30, dtype=int), th.linspace(0, 3, 30))
+    state = {old_names.get(name, name): value for name, value in vars(sampler).items()}
+    if "tree" in state:
+        del state["_owner"]  # newer than these names
+    restored = PrioritizedSampler.__new__(PrioritizedSampler)
+    restored.__setstate__(state)
+    assert vars(restored).keys() == vars(sampler).keys()
+    np.testing.assert_array_equal(restored.tree.values, sampler.tree.values)
+    assert restored.max_value == sampler.max_value
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_priorities_that_are_no_numbers_are_refused(bad):
+def test_priorities_that_are_not_finite_raise(bad):
     buffer = filled()
     before = buffer.sampler.tree.values.copy()
     with pytest.raises(ValueError, match="priorities must be finite"):
@@ -194,13 +208,13 @@ def test_priorities_that_are_no_numbers_are_refused(bad):
         ({"epsilon": float("inf")}, "epsilon=inf must be a finite number"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(kwargs, message):
+def test_invalid_settings_raise(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ScratchDQN("MlpPolicy", TimeoutEnv(), replay_buffer_kwargs={"prioritized": True, **kwargs})
 
 
 @pytest.mark.parametrize(("policy", "env"), [("MlpPolicy", TimeoutEnv), ("MultiInputPolicy", DictEnv)])
-def test_an_update_gives_its_batch_new_priorities(policy, env):
+def test_an_update_sets_the_priorities_of_its_batch(policy, env):
     model = ScratchDQN(
         policy,
         make_vec_env(env, n_envs=2, seed=0),
@@ -218,7 +232,7 @@ def test_an_update_gives_its_batch_new_priorities(policy, env):
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("n", [30, 75])
-def test_the_way_of_sampling_is_a_setting_of_the_model_and_not_of_a_saved_buffer(tmp_path, n, share):
+def test_sampling_is_a_setting_of_the_model_and_not_of_a_saved_buffer(tmp_path, n, share):
     def make(prioritized):
         return ScratchDQN(
             "MlpPolicy",
@@ -237,7 +251,7 @@ def test_the_way_of_sampling_is_a_setting_of_the_model_and_not_of_a_saved_buffer
         loaded = make(True)
         loaded.load_replay_buffer(tmp_path / "replay.pkl")
         values = loaded.replay_buffer.sampler.tree.values[:50]
-        # Those of a uniform buffer have the priority of new ones, and none what has none in a prioritized one
+        # From a uniform buffer, all have the priority of new ones, except rows with priority 0 in a prioritized one
         np.testing.assert_array_equal(values, expected if model is prioritized else (expected > 0).astype(float))
         loaded.learn(30, reset_num_timesteps=False)
         loaded = make(False)
@@ -245,7 +259,7 @@ def test_the_way_of_sampling_is_a_setting_of_the_model_and_not_of_a_saved_buffer
         assert not hasattr(loaded.replay_buffer.sampler, "tree")
 
 
-def test_another_exponent_counts_for_priorities_that_are_known():
+def test_a_new_alpha_applies_to_existing_priorities():
     buffer = filled(alpha=1.0)
     priorities = np.random.default_rng(1).uniform(0.01, 3, 50)
     buffer.sampler.update(np.arange(50), np.zeros(50, dtype=int), th.tensor(priorities))
@@ -260,7 +274,7 @@ def test_another_exponent_counts_for_priorities_that_are_known():
 
 
 @pytest.mark.parametrize("n_steps", [1, 3])
-def test_a_buffer_saved_by_sb3_is_sampled_as_the_model_says(tmp_path, n_steps):
+def test_a_buffer_saved_by_sb3_is_sampled_with_the_settings_of_the_model(tmp_path, n_steps):
     reference = DQN("MlpPolicy", TimeoutEnv(), seed=0, buffer_size=500, n_steps=n_steps).learn(200)
     reference.save_replay_buffer(tmp_path / "replay.pkl")
     model = ScratchDQN(
@@ -274,7 +288,7 @@ def test_a_buffer_saved_by_sb3_is_sampled_as_the_model_says(tmp_path, n_steps):
     model.learn(150, reset_num_timesteps=False)
 
 
-def test_transitions_may_come_without_infos():
+def test_transitions_may_have_no_infos():
     buffer = filled(n=0, handle_timeout_termination=False)
     obs, next_obs, action, reward, done, _ = next(steps(1))
     buffer.add(obs, next_obs, action, reward, done, [])

@@ -1,4 +1,4 @@
-"""The replay buffer holds what SB3's hold and gives what a naive list of transitions gives."""
+"""The replay buffer has the contents of SB3's buffers and gives the batches of a naive list."""
 
 import copy
 import pickle
@@ -30,7 +30,7 @@ ACTIONS = gym.spaces.Discrete(3)
 
 
 def random_steps(space, n_envs, steps, rng):
-    """Steps with made-up observations, one ending in ten a termination, one a truncation."""
+    """Yield steps with random observations; a tenth of them terminate the episode, a tenth truncate it."""
 
     def observe():
         if isinstance(space, gym.spaces.Dict):
@@ -65,7 +65,7 @@ def random_steps(space, n_envs, steps, rng):
 def test_batches_equal_those_of_a_naive_list(capacity, steps, n_envs, n_steps, nested, share, seed):
     space = NESTED if nested else VECTOR
     if share:
-        capacity = max(capacity, 2)  # with room for one observation there is no transition
+        capacity = max(capacity, 2)  # one row has no transition
     buffer = ScratchReplayBuffer(
         capacity * n_envs,
         space,
@@ -97,7 +97,7 @@ def test_batches_equal_those_of_a_naive_list(capacity, steps, n_envs, n_steps, n
         assert batch.returns[index].item() == pytest.approx(returned, rel=1e-5, abs=1e-6)
         assert batch.discounts[index].item() == pytest.approx(discount, rel=1e-5)
         assert batch.weights[index] == 1
-        assert (batch.places[0][index], batch.places[1][index]) == (row, env)
+        assert (batch.indices[0][index], batch.indices[1][index]) == (row, env)
 
 
 @pytest.mark.parametrize(
@@ -124,15 +124,15 @@ def test_samples_equal_those_of_sb3(reference_class, space, kwargs, n_envs):
             got = buffer.sample(13)
             assert type(got) is type(expected)
             assert_equal(expected._asdict(), got._asdict())
-            # and the batch an update sees is the same, whichever buffer it came from
+            # and updates get the same batch from both
             batches = []
             for source in (reference, buffer):
                 np.random.seed(count)
-                batches.append(batch_source(source, 13, None, 0.9).sample(1)._replace(places=None)._asdict())
+                batches.append(batch_source(source, 13, None, 0.9).sample(1)._replace(indices=None)._asdict())
             assert_equal(*batches)
 
 
-def test_memory_is_asked_for_as_the_buffer_fills():
+def test_memory_is_allocated_as_the_buffer_fills():
     buffer = ScratchReplayBuffer(10**12, VECTOR, ACTIONS, device="cpu")
     assert sum(array.nbytes for array in vars(buffer.store).values() if isinstance(array, np.ndarray)) == 0
     for step in random_steps(VECTOR, 1, 1000, np.random.default_rng(0)):
@@ -141,7 +141,7 @@ def test_memory_is_asked_for_as_the_buffer_fills():
     assert buffer.size() == 1000
 
 
-def test_a_store_ends_with_a_doubling_and_never_exceeds_its_capacity():
+def test_the_last_resize_of_a_store_doubles_it_to_its_capacity():
     store = Store(1100, 2, DenseObservations(1100, 2, VECTOR), 1, np.int64)
     sizes = []
     for rows in range(1, 1101):
@@ -149,13 +149,13 @@ def test_a_store_ends_with_a_doubling_and_never_exceeds_its_capacity():
         assert rows <= store.rows <= 1100
         if store.rows not in sizes:
             sizes.append(store.rows)
-    # Copying the last time takes half of the capacity beside the whole, and not nearly all of it
+    # The last resize copies half of the capacity, not nearly all of it
     assert sizes == [275, 550, 1100]
     assert store.observations.shape == (1100, 2, 2)
     assert store.bytes_of(1100) == sum(array.nbytes for array in store.arrays(1100).values())
 
 
-def test_copies_and_pickles_hold_what_was_filled():
+def test_copies_and_pickles_have_only_filled_rows():
     buffer = ScratchReplayBuffer(10_000, NESTED, ACTIONS, device="cpu", n_steps=2)
     for step in random_steps(NESTED, 1, 300, np.random.default_rng(0)):
         buffer.add(*step)
@@ -167,8 +167,42 @@ def test_copies_and_pickles_hold_what_was_filled():
     assert len(buffer.rewards) == 313
 
 
+class CustomBuffer(ScratchReplayBuffer):
+    """A subclass, which save_replay_buffer() pickles."""
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_pickles_with_old_attribute_names_of_the_store_are_read(share, monkeypatch):
+    settings = {"optimize_memory_usage": share, "handle_timeout_termination": not share}
+    buffer = CustomBuffer(50, VECTOR, ACTIONS, device="cpu", n_steps=2, **settings)
+    for step in random_steps(VECTOR, 1, 70, np.random.default_rng(0)):
+        buffer.add(*step)
+    _ = buffer.rewards  # which counts as an edit
+    old_names = {"obs_store": "keeper", "n_writes": "written", "n_edits": "edits"}
+
+    def old_state(store):
+        return {old_names.get(name, name): value for name, value in vars(store).items()}
+
+    monkeypatch.setattr(Store, "__getstate__", old_state, raising=False)
+    pickled = pickle.dumps(buffer)
+    monkeypatch.undo()
+    assert b"keeper" in pickled
+    restored = pickle.loads(pickled)
+    assert vars(restored.store).keys() == vars(buffer.store).keys()
+    assert (restored.store.n_writes, restored.store.n_edits) == (buffer.store.n_writes, buffer.store.n_edits)
+    assert_equal(replay_contents(buffer), replay_contents(restored))
+    for step in random_steps(VECTOR, 1, 10, np.random.default_rng(1)):
+        for target in (buffer, restored):
+            target.add(*copy.deepcopy(step))
+    batches = []
+    for source in (buffer, restored):
+        np.random.seed(0)
+        batches.append(source.sample_batch(32)._asdict())
+    assert_equal(*batches)
+
+
 @pytest.mark.parametrize("stacked", [False, True])
-def test_returns_of_several_steps_do_not_reach_over_a_reset(stacked):
+def test_n_step_returns_do_not_cross_a_reset(stacked):
     def make_env():
         env = DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2)
         return VecFrameStack(env, 2) if stacked else env
@@ -176,7 +210,7 @@ def test_returns_of_several_steps_do_not_reach_over_a_reset(stacked):
     model = ScratchDQN("MlpPolicy", make_env(), n_steps=3, buffer_size=1000, train_freq=1, seed=0)
     cuts = []
     for steps in (2, 6, 4):
-        model.learn(steps)  # resets the environments, whose episodes have just begun
+        model.learn(steps)  # resets the environments in the middle of their episodes
         cuts.append(model.replay_buffer.pos - 1)
     buffer = model.replay_buffer
     assert cuts == [0, 3, 5]
@@ -190,7 +224,7 @@ def test_returns_of_several_steps_do_not_reach_over_a_reset(stacked):
     np.testing.assert_array_equal(fold.discounts * (1 - fold.terminated), [0.5, 0.125, 0.25, 0.5, 0.25, 0.5])
 
 
-def test_the_end_of_an_episode_stays_one_where_the_environment_is_reset():
+def test_end_trajectories_does_not_cut_episodes_that_ended():
     buffer = ScratchReplayBuffer(10, VECTOR, ACTIONS, device="cpu", n_envs=2, n_steps=3)
     for obs, next_obs, action, reward, _, infos in random_steps(VECTOR, 2, 4, np.random.default_rng(0)):
         buffer.add(obs, next_obs, action, reward, np.array([True, False]), [{} for _ in infos])
@@ -212,11 +246,11 @@ def test_a_new_environment_does_not_continue_the_old_one(shared):
     rows = np.arange(4, 10)
     fold = model.replay_buffer._fold(rows, np.zeros(6, dtype=int), None, 0.5)
     np.testing.assert_array_equal(fold.last_rows, [6, 7, 7, 7, 10, 11])
-    # What came next is lost where observations are kept once, and so must not be learnt from
+    # With optimize_memory_usage the next observation is lost, so it must not be used
     np.testing.assert_array_equal(fold.terminated, np.where(fold.last_rows == 7, shared, 0))
 
 
-def test_several_steps_do_not_reach_over_a_reset_that_happened_when_they_were_one(tmp_path):
+def test_n_step_returns_do_not_cross_a_reset_of_a_saved_one_step_buffer(tmp_path):
     model = ScratchDQN("MlpPolicy", "CartPole-v1", learning_starts=1000, seed=0).learn(8).learn(8)
     model.save_replay_buffer(tmp_path / "replay")
     other = ScratchDQN("MlpPolicy", "CartPole-v1", n_steps=3, gamma=0.5)
@@ -226,7 +260,7 @@ def test_several_steps_do_not_reach_over_a_reset_that_happened_when_they_were_on
     np.testing.assert_array_equal(fold.last_rows, [7, 7])
 
 
-def test_an_environment_without_frames_is_refused_where_they_are_asked_for():
+def test_set_env_raises_for_an_environment_without_stacks_if_frames_is_true():
     stacked = VecFrameStack(DummyVecEnv([lambda: gym.make("CartPole-v1")]), 2)
     model = ScratchDQN("MlpPolicy", stacked, replay_buffer_kwargs={"frames": True})
     env, buffer = model.env, model.replay_buffer
@@ -239,7 +273,7 @@ def test_an_environment_without_frames_is_refused_where_they_are_asked_for():
     assert model.replay_buffer is buffer
 
 
-def test_arrays_that_are_replaced_keep_their_kind():
+def test_replaced_arrays_keep_their_dtypes():
     buffer = ScratchReplayBuffer(10, NESTED, ACTIONS, device="cpu")
     for step in random_steps(NESTED, 1, 10, np.random.default_rng(0)):
         buffer.add(*step)
@@ -249,7 +283,7 @@ def test_arrays_that_are_replaced_keep_their_kind():
     assert {key: array.dtype for key, array in buffer.observations.items()} == {"a": np.float32, "b": np.int64}
 
 
-def test_memory_that_a_full_buffer_would_not_find_is_announced(monkeypatch):
+def test_a_buffer_larger_than_the_available_memory_warns(monkeypatch):
     monkeypatch.setattr("sb3_scratch_dqn.algorithm.replay_setup.available_memory", lambda: 10_000_000)
     settings = {"buffer_size": 1_000_000, "learning_starts": 1000}
     # 2 x 4 numbers of 4 bytes, 8 for the action, 4 each for the reward, its end and its timeout, 1 for cuts
@@ -266,21 +300,21 @@ def test_memory_that_a_full_buffer_would_not_find_is_announced(monkeypatch):
     ScratchDQN("MlpPolicy", "CartPole-v1", buffer_size=100_000, learning_starts=1000).learn(10)  # fits
 
 
-def test_there_is_memory():
+def test_available_memory_is_plausible():
     assert 10_000_000 < available_memory() <= psutil.virtual_memory().total
 
 
-def test_what_a_container_may_still_take_counts(tmp_path, monkeypatch):
+def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
     contents = {"limit": "1000\n", "usage": "700\n", "no limit": "max\n", "details": "active_file 7\nfiles 200\n"}
     limit, usage, no_limit, details = (tmp_path / name for name in contents)
     for name, text in contents.items():
         (tmp_path / name).write_text(text)
     rest = (usage, details, "files")
-    monkeypatch.setattr(memory, "_CONTAINER_FILES", ((no_limit, *rest), (tmp_path / "none", *rest), (limit, *rest)))
+    monkeypatch.setattr(memory, "_CGROUP_FILES", ((no_limit, *rest), (tmp_path / "none", *rest), (limit, *rest)))
     assert available_memory() == 500
 
 
-def test_an_environment_of_stacked_frames_given_later_is_found():
+def test_an_environment_with_stacked_frames_that_is_set_later_is_detected():
     def make_env():
         return VecFrameStack(DummyVecEnv([lambda: gym.make("CartPole-v1")]), 2)
 
@@ -294,17 +328,17 @@ def test_an_environment_of_stacked_frames_given_later_is_found():
     assert model.replay_buffer is buffer, "what was collected stays"
 
 
-def test_an_empty_buffer_says_so():
+def test_sampling_from_an_empty_buffer_raises():
     with pytest.raises(ValueError, match="the replay buffer is empty"):
         ScratchReplayBuffer(10, VECTOR, ACTIONS).sample(1)
 
 
-def test_observations_once_and_timeouts_do_not_go_together():
+def test_optimize_memory_usage_with_timeouts_raises():
     with pytest.raises(ValueError, match=r"optimize_memory_usage=True needs .*handle_timeout_termination=False"):
         ScratchReplayBuffer(10, VECTOR, ACTIONS, optimize_memory_usage=True)
 
 
-def test_there_are_no_next_observations_where_observations_are_kept_once():
+def test_next_observations_raise_with_optimize_memory_usage():
     buffer = ScratchReplayBuffer(10, VECTOR, ACTIONS, optimize_memory_usage=True, handle_timeout_termination=False)
     with pytest.raises(AttributeError, match="the following row"):
         _ = buffer.next_observations
@@ -325,18 +359,18 @@ def test_sampled_tensors_do_not_share_memory_with_the_buffer(env):
     assert_equal(before, replay_contents(buffer))
 
 
-# Windows that are longer than anything
+# Windows longer than episodes and the buffer
 
 
 @pytest.mark.parametrize("n_steps", [400, 10**9])
 @pytest.mark.parametrize("n_envs", [1, 2])
-def test_a_window_of_any_length_is_that_of_its_episode(n_steps, n_envs):
+def test_long_windows_end_with_their_episode(n_steps, n_envs):
     rng = np.random.default_rng(0)
     long, longest = (
         ScratchReplayBuffer(700 * n_envs, VECTOR, ACTIONS, device="cpu", n_envs=n_envs, n_steps=n, gamma=0.99)
         for n in (n_steps, 700)
     )
-    for step in range(1000):  # around the ring, with episodes of up to 300 steps
+    for step in range(1000):  # wraps around; episodes have up to 300 steps
         row = rng.normal(size=(2, n_envs, *VECTOR.shape)).astype(np.float32)
         done = np.full(n_envs, step % 300 == 299)
         reward = rng.normal(size=n_envs)

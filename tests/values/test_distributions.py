@@ -1,4 +1,4 @@
-"""Distributional heads learn distributions: mean and spread of returns that can be computed by hand."""
+"""Distributional heads learn the mean and standard deviation of returns that are computed by hand."""
 
 import gymnasium as gym
 import numpy as np
@@ -12,9 +12,9 @@ GAMMA = 0.5
 
 
 class TwoStates(gym.Env):
-    """Two states in a row. The first pays nothing; the second ends the episode and pays 0 or 20, each half of the time.
+    """Two successive states: the first has no reward, the second ends the episode with a reward of 0 or 20.
 
-    Action 1 in the second state pays 5 for sure.
+    Both rewards are equally likely. Action 1 in the second state always has the reward 5.
     """
 
     observation_space = gym.spaces.Box(0, 1, (2,), np.float32)
@@ -33,12 +33,12 @@ class TwoStates(gym.Env):
         return np.zeros(2, np.float32), float(reward), True, False, {}
 
 
-# States by actions. The best action in the second state is 0, worth 10 on average and 10 off either way
+# States by actions. The best action in the second state is 0: its mean is 10, and so is its standard deviation
 MEANS = np.array([[5.0, 5.0], [10.0, 5.0]])
 DEVIATIONS = np.array([[5.0, 5.0], [10.0, 0.0]])
 
 HEADS = {
-    "c51": {"n_atoms": 21, "v_min": -25, "v_max": 25},  # the returns fall on atoms, so that projecting loses nothing
+    "c51": {"n_atoms": 21, "v_min": -25, "v_max": 25},  # the returns are atoms, so the projection is exact
     "quantile": {"n_quantiles": 20},
     "iqn": {"n_tau": 16, "n_tau_prime": 16, "n_tau_act": 32, "n_cos": 16},
 }
@@ -53,8 +53,8 @@ def distributions(model):
             outputs = model.q_net.outputs_at(observations, fractions)
         else:
             outputs = model.q_net.outputs(observations)
-        head, nothing, all_of_it = model.policy.head, th.zeros(2), th.ones(2)
-        targets = [head.backup(outputs[:, action], nothing, all_of_it) for action in range(2)]
+        head, returns, discounts = model.policy.head, th.zeros(2), th.ones(2)
+        targets = [head.backup(outputs[:, action], returns, discounts) for action in range(2)]
         moments = [head.moments(outputs[:, action], targets[action]) for action in range(2)]
     return (np.stack([moment[i].numpy() for moment in moments], axis=1) for i in (0, 2))
 
@@ -76,10 +76,11 @@ def trained(**settings):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_head_learns_mean_and_spread(head):
+def test_a_head_learns_mean_and_standard_deviation(head):
     model = trained(policy_kwargs={"net_arch": [32], "head": head, "head_kwargs": HEADS[head]})
     means, deviations = distributions(model)
-    # Off by 0.3 and 0.7 at most in seeds 1 to 3, nearly all of which is the Huber loss's: near a return it is squared
+    # With seeds 1 to 3 the errors are at most 0.3 and 0.7, nearly all due to the Huber loss: near a return it is
+    # squared
     np.testing.assert_allclose(means, MEANS, atol=0.8)
     np.testing.assert_allclose(deviations, DEVIATIONS, atol=1.0)
 
@@ -89,10 +90,10 @@ def test_a_head_learns_mean_and_spread(head):
     [
         {"double_q": True},
         {"policy_kwargs": {"net_arch": [32], "dueling": True}},
-        # Munchausen values hold a bonus and an entropy: with no bonus and a small temperature they are the plain ones
+        # Munchausen values include a bonus and an entropy. With alpha=0 and a low temperature they are the plain values
         {"munchausen": True, "munchausen_kwargs": {"tau": 0.01, "alpha": 0.0}},
     ],
 )
-def test_switches_leave_the_values_right(settings):
+def test_extras_learn_the_same_values(settings):
     model = trained(loss="mse", **{"policy_kwargs": {"net_arch": [32]}, **settings})
     np.testing.assert_allclose(model.q_values(np.eye(2, dtype=np.float32)), MEANS, atol=0.8)

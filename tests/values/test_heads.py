@@ -1,4 +1,4 @@
-"""Each head against loops written from its paper, and the quantile head against sb3-contrib's QR-DQN."""
+"""Each head equals loops written from its paper, and the quantile head equals sb3-contrib's QR-DQN."""
 
 import math
 
@@ -9,7 +9,10 @@ from sb3_contrib import QRDQN
 from sb3_contrib.common.utils import quantile_huber_loss
 
 from sb3_scratch_dqn import ScratchDQN
-from sb3_scratch_dqn.values.heads import LOSSES, make_head, midpoints
+from sb3_scratch_dqn.replay.batch import Batch
+from sb3_scratch_dqn.values.heads import Constant, ImplicitQuantiles, make_head, midpoints
+from sb3_scratch_dqn.values.losses import LOSSES
+from sb3_scratch_dqn.values.td import make_target, td_losses
 
 RNG = np.random.default_rng(0)
 
@@ -20,7 +23,7 @@ def softmax(logits):
 
 
 def naive_projection(probabilities, returned, discount, n_atoms, v_min, v_max):
-    """https://arxiv.org/abs/1707.06887, algorithm 1, which loses nothing where an atom falls on the grid."""
+    """https://arxiv.org/abs/1707.06887, algorithm 1, except that atoms on the grid keep their probability."""
     delta = (v_max - v_min) / (n_atoms - 1)
     target = [0.0] * n_atoms
     for j, p in enumerate(probabilities):
@@ -43,9 +46,9 @@ def test_the_projection_of_c51_equals_the_loop(v_min, v_max, n_atoms):
     delta = (v_max - v_min) / (n_atoms - 1)
     cases = [
         (0.0, 1.0),  # every atom stays on the grid
-        (delta, 1.0),  # the grid moved by one: the highest atom leaves the range
+        (delta, 1.0),  # moved by one atom: the highest leaves the range
         (-2.5 * delta, 1.0),
-        ((v_max + v_min) / 2, 0.0),  # the end of an episode: all atoms in one place
+        ((v_max + v_min) / 2, 0.0),  # the end of an episode: all atoms coincide
         (v_max, 0.0),
         (v_min, 0.0),
         (v_max + 100, 0.99),  # all above
@@ -64,7 +67,7 @@ def test_the_projection_of_c51_equals_the_loop(v_min, v_max, n_atoms):
 def test_the_losses_of_c51_equal_the_loop():
     head = make_head("c51", {"n_atoms": 7})
     outputs, target = RNG.normal(size=(9, 7)) * 3, RNG.dirichlet(np.ones(7), size=9)
-    target[0] = np.eye(7)[2]  # no probability for the others
+    target[0] = np.eye(7)[2]  # the other atoms have no probability
     losses, priorities = head.losses(th.tensor(outputs), th.tensor(target), LOSSES["huber"])
     for i in range(9):
         p = softmax(outputs[i].tolist())
@@ -74,7 +77,7 @@ def test_the_losses_of_c51_equal_the_loop():
         assert priorities[i].item() == pytest.approx(divergence)
 
 
-def test_c51_learns_nothing_from_what_it_predicts_already():
+def test_the_priority_of_c51_is_zero_where_the_prediction_equals_the_target():
     head = make_head("c51", {"n_atoms": 7})
     outputs = th.randn(5, 7, dtype=th.float64, generator=th.Generator().manual_seed(0))
     _, priorities = head.losses(outputs, outputs.softmax(1), LOSSES["huber"])
@@ -137,8 +140,35 @@ def test_fractions_are_the_midpoints_of_the_paper():
     assert midpoints(4, th.empty(0)).tolist() == [0.125, 0.375, 0.625, 0.875]
 
 
-def test_the_quantile_head_is_that_of_qrdqn():
-    """Same weights, same batch: same loss and same gradients."""
+def test_constants_are_created_once_per_dtype_and_device():
+    calls = []
+
+    def make(like):
+        calls.append(like.dtype)
+        return midpoints(3, like)
+
+    constant = Constant(make)
+    kept = constant.like(th.zeros(2))
+    assert constant.like(th.ones(5, 5)) is kept
+    assert constant.like(th.zeros(1, dtype=th.float64)).dtype == th.float64
+    assert constant.like(th.zeros(1)) is kept
+    assert calls == [th.float32, th.float64]
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3)])
+def test_implicit_quantiles_survive_packing(shape):
+    quantiles, fractions = th.randn(shape), th.rand(shape)
+    packed = ImplicitQuantiles(quantiles, fractions).pack()
+    assert packed.shape == (*shape[:-1], 6)
+    assert th.equal(packed[..., :3], quantiles)
+    assert th.equal(packed[..., 3:], fractions)
+    unpacked = ImplicitQuantiles.unpack(packed)
+    assert th.equal(unpacked.quantiles, quantiles)
+    assert th.equal(unpacked.fractions, fractions)
+
+
+def test_the_quantile_head_equals_qrdqn():
+    """The same weights and batch give the same loss and gradients."""
     n_quantiles, n_actions, size = 25, 2, 64
     kwargs = {"net_arch": [32, 16]}
     theirs = QRDQN("MlpPolicy", "CartPole-v1", policy_kwargs={**kwargs, "n_quantiles": n_quantiles}, seed=0)
@@ -158,7 +188,7 @@ def test_the_quantile_head_is_that_of_qrdqn():
         for name in ("q_net.4.weight", "q_net.4.bias"):
             state[name] = state[name][order]
         network.load_state_dict(state)
-    # Apart, or the target would be what the online network says itself
+    # Move the online network away from the target network
     generator = th.Generator().manual_seed(0)
     with th.no_grad():
         for their_parameter, our_parameter in zip(
@@ -184,9 +214,6 @@ def test_the_quantile_head_is_that_of_qrdqn():
     current = current.gather(2, actions[..., None].expand(size, n_quantiles, 1)).squeeze(2)
     expected = quantile_huber_loss(current, target, sum_over_quantiles=True)
     expected.backward()
-
-    from sb3_scratch_dqn.replay.batch import Batch
-    from sb3_scratch_dqn.values.td import make_target, td_losses
 
     batch = Batch(
         observations,
@@ -215,7 +242,7 @@ def test_the_quantile_head_is_that_of_qrdqn():
         ("c51", {"atoms": 3}, "has the unknown name 'atoms'"),
         ("c51", {"n_atoms": 1}, "n_atoms=1 must be a whole number of at least 2"),
         ("c51", {"v_min": 1, "v_max": 1}, "v_min=1 must be below v_max=1"),
-        ("c51", {"v_min": -1e39, "v_max": 1e39}, "v_min=-1e[+]39 and v_max=1e[+]39 must lie between"),
+        ("c51", {"v_min": -1e39, "v_max": 1e39}, "v_min=-1e[+]39 and v_max=1e[+]39 must be between"),
         ("c51", {"v_min": math.nan}, "v_min=nan must be a finite number"),
         ("quantile", {"n_quantiles": 0}, "n_quantiles=0 must be"),
         ("iqn", {"n_tau": 0}, "n_tau=0 must be"),
@@ -224,6 +251,6 @@ def test_the_quantile_head_is_that_of_qrdqn():
         ("iqn", 3, "head_kwargs=3 must be a dict"),
     ],
 )
-def test_what_a_head_cannot_be_is_refused(name, kwargs, message):
+def test_wrong_heads_and_arguments_raise(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         ScratchDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"head": name, "head_kwargs": kwargs})

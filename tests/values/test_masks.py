@@ -1,4 +1,4 @@
-"""Only allowed actions are taken, chosen and believed in."""
+"""Only allowed actions are taken, chosen and bootstrapped from."""
 
 import gymnasium as gym
 import numpy as np
@@ -28,21 +28,21 @@ def test_training_takes_only_allowed_actions_and_stores_the_masks(n_envs, settin
     rows = buffer.pos
     # The observation is the mask
     np.testing.assert_array_equal(buffer.store.action_masks[:rows], buffer.observations[:rows] == 1)
-    going_on = buffer.dones[:rows] == 0
+    not_done = buffer.dones[:rows] == 0
     np.testing.assert_array_equal(
-        buffer.store.next_action_masks[:rows][going_on], buffer.next_observations[:rows][going_on] == 1
+        buffer.store.next_action_masks[:rows][not_done], buffer.next_observations[:rows][not_done] == 1
     )
-    # After the last state of an episode nobody knows, so everything is allowed there
-    assert buffer.store.next_action_masks[:rows][~going_on].all()
+    # The mask of an episode's last state is unknown, so all actions are allowed there
+    assert buffer.store.next_action_masks[:rows][~not_done].all()
     batch = buffer.sample_batch(64)
     assert (batch.action_masks == (batch.observations == 1)).all()
-    going_on = batch.discounts > 0
-    told = ~batch.next_action_masks.all(dim=1) & going_on
-    assert told.sum() > 20
-    assert (batch.next_action_masks[told] == (batch.next_observations[told] == 1)).all()
+    not_done = batch.discounts > 0
+    masked = ~batch.next_action_masks.all(dim=1) & not_done
+    assert masked.sum() > 20
+    assert (batch.next_action_masks[masked] == (batch.next_observations[masked] == 1)).all()
 
 
-def test_a_wrapper_tells_the_mask_of_the_last_state():
+def test_a_wrapper_provides_the_mask_of_the_last_state():
     model = ScratchDQN("MlpPolicy", make_vec_env(lambda: MaskInInfo(MaskedEnv()), n_envs=2, seed=0), **SETTINGS)
     model.learn(200)
     buffer = model.replay_buffer
@@ -52,7 +52,7 @@ def test_a_wrapper_tells_the_mask_of_the_last_state():
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_predictions_keep_to_masks(deterministic):
+def test_predictions_respect_masks(deterministic):
     model = ScratchDQN("MlpPolicy", MaskedEnv(), seed=0)
     model.exploration_rate = 0.5
     rng = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def test_predictions_keep_to_masks(deterministic):
         assert mask[action]
 
 
-def test_random_actions_are_all_that_are_allowed():
+def test_random_actions_are_all_allowed_actions():
     model = ScratchDQN("MlpPolicy", MaskedEnv(), seed=0)
     model.exploration_rate = 1.0
     mask = np.array([True, False, True])
@@ -79,7 +79,7 @@ def test_random_actions_are_all_that_are_allowed():
 
 
 def test_forbidden_actions_are_not_bootstrapped_from():
-    """Two rooms. In the second, one action is never allowed; the other pays 1 and ends the episode."""
+    """Two rooms. In the second, one action is never allowed; the other ends the episode with a reward of 1."""
 
     class Tempting(gym.Env):
         observation_space = gym.spaces.Box(0, 1, (2,), np.float32)
@@ -102,7 +102,7 @@ def test_forbidden_actions_are_not_bootstrapped_from():
         model = ScratchDQN(
             "MlpPolicy", env, learning_rate=3e-3, gamma=0.5, train_freq=1, target_update_interval=20, seed=0
         )
-        with th.no_grad():  # the forbidden action looks good to begin with, and nothing ever says otherwise
+        with th.no_grad():  # the initial value of the forbidden action is high, and no transition corrects it
             for network in (model.q_net, model.q_net_target):
                 network.q_net[4].bias[1] += 100.0
         return model.learn(1000).q_values(np.eye(2, dtype=np.float32))
@@ -112,7 +112,7 @@ def test_forbidden_actions_are_not_bootstrapped_from():
     assert values[0, 0] == pytest.approx(0.5, abs=0.1)
 
 
-def test_masks_reach_the_environments_of_other_processes_and_wrappers():
+def test_masks_are_read_from_other_processes_and_through_wrappers():
     for env in (
         SubprocVecEnv([MaskedEnv, MaskedEnv], start_method="fork"),
         VecNormalize(DummyVecEnv([MaskedEnv])),
@@ -123,7 +123,7 @@ def test_masks_reach_the_environments_of_other_processes_and_wrappers():
         model.env.close()
 
 
-def test_masks_go_with_dict_observations_and_observations_kept_once():
+def test_masks_work_with_dict_observations_and_optimize_memory_usage():
     ScratchDQN("MultiInputPolicy", MaskedDictEnv(), **SETTINGS).learn(60)
     ScratchDQN(
         "MlpPolicy",
@@ -135,7 +135,7 @@ def test_masks_go_with_dict_observations_and_observations_kept_once():
     ).learn(150)
 
 
-def test_masks_survive_files(tmp_path):
+def test_masks_are_saved_and_loaded(tmp_path):
     model = ScratchDQN("MlpPolicy", MaskedEnv(), **SETTINGS).learn(100)
     model.save(tmp_path / "model.zip")
     model.save_replay_buffer(tmp_path / "replay.pkl")
@@ -152,7 +152,7 @@ def test_sb3_contrib_evaluates_with_masks():
     assert len(rewards) == len(lengths) == 3
 
 
-def test_the_last_state_is_masked_only_where_an_episode_ended():
+def test_only_ended_episodes_use_the_mask_of_their_last_state():
     now = np.array([[True, False], [False, True]])
     assert masks_of_next_states(now, np.array([False, False]), [{}, {}]) is now
     masks = masks_of_next_states(now, np.array([True, True]), [{}, {"action_masks": [False, True]}])
@@ -169,14 +169,14 @@ def test_the_last_state_is_masked_only_where_an_episode_ended():
         ([1.0, 0.5, 0.0], "must be true where an action is allowed and false elsewhere"),
     ],
 )
-def test_masks_that_cannot_be_are_refused(masks, message):
+def test_wrong_masks_raise(masks, message):
     model = ScratchDQN("MlpPolicy", MaskedEnv())
     for deterministic in (True, False):
         with pytest.raises(ValueError, match=message):
             model.predict(np.zeros(3, np.float32), deterministic=deterministic, action_masks=masks)
 
 
-def test_a_buffer_that_keeps_no_masks_is_refused():
+def test_a_buffer_without_masks_raises():
     class MaskedGoals(BitFlippingEnv):
         def action_masks(self):
             return np.ones(4, dtype=bool)
@@ -190,22 +190,24 @@ def test_a_buffer_that_keeps_no_masks_is_refused():
         model.learn(10)
 
 
-def test_a_buffer_that_samples_its_own_way_is_refused():
-    class Own(ScratchReplayBuffer):
+def test_a_buffer_that_overrides_sample_raises():
+    class CustomSample(ScratchReplayBuffer):
         def sample(self, batch_size, env=None):
             return super().sample(batch_size, env)
 
-    with pytest.raises(ValueError, match="replay_buffer_class=Own samples no action masks, but env has them"):
-        ScratchDQN("MlpPolicy", MaskedEnv(), replay_buffer_class=Own).learn(10)
-    model = ScratchDQN("MlpPolicy", TimeoutEnv(), replay_buffer_class=Own, replay_buffer_kwargs={"prioritized": True})
+    with pytest.raises(ValueError, match="replay_buffer_class=CustomSample samples no action masks, but env has them"):
+        ScratchDQN("MlpPolicy", MaskedEnv(), replay_buffer_class=CustomSample).learn(10)
+    model = ScratchDQN(
+        "MlpPolicy", TimeoutEnv(), replay_buffer_class=CustomSample, replay_buffer_kwargs={"prioritized": True}
+    )
     with pytest.raises(
-        ValueError, match=r"replay_buffer_class=Own overrides .* so prioritized=True would have no effect"
+        ValueError, match=r"replay_buffer_class=CustomSample overrides .* so prioritized=True would have no effect"
     ):
         model.learn(10)
 
 
 @pytest.mark.parametrize("buffer_size", [50, 2000])
-def test_what_an_environment_without_masks_adds_is_not_masked(buffer_size):
+def test_transitions_of_an_environment_without_masks_are_not_masked(buffer_size):
     model = ScratchDQN("MlpPolicy", MaskedEnv(), buffer_size=buffer_size, **SETTINGS).learn(100)
     masks = model.replay_buffer.store.action_masks
     assert not masks.all()
@@ -216,7 +218,7 @@ def test_what_an_environment_without_masks_adds_is_not_masked(buffer_size):
         assert getattr(model.replay_buffer.store, name)[newest].all()
 
 
-def test_what_came_before_masks_is_not_masked():
+def test_transitions_stored_before_masks_are_not_masked():
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), **SETTINGS).learn(60)
     model.set_env(MaskedEnv())
     model.learn(60, reset_num_timesteps=False)
@@ -246,15 +248,15 @@ def test_a_game_may_end_without_a_legal_move(wrapper):
     assert all(parameter.isfinite().all() for parameter in model.q_net.parameters())
 
 
-def test_policies_that_know_nothing_of_masks_still_act():
-    class Old(DQNPolicy):
+def test_policies_without_a_masks_argument_still_act():
+    class WithoutMasks(DQNPolicy):
         def predict(self, observation, state=None, episode_start=None, deterministic=False):
             return super().predict(observation, state, episode_start, deterministic)
 
-    ScratchDQN(Old, TimeoutEnv(), **SETTINGS).learn(60)
+    ScratchDQN(WithoutMasks, TimeoutEnv(), **SETTINGS).learn(60)
 
 
-def test_vectorised_environments_that_answer_no_questions_have_no_masks():
+def test_vectorized_environments_that_cannot_report_attributes_have_no_masks():
     class Silent(VecEnvWrapper):
         def reset(self):
             return self.venv.reset()
@@ -281,18 +283,18 @@ def test_policies_take_masks_of_zeros_and_ones(dtype):
         model.policy.predict(np.zeros(3, np.float32), action_masks=np.zeros(3, dtype=dtype))
 
 
-# Masks that are no methods
+# Masks that are not methods
 
 
 class PropertyEnv(MaskedEnv):
-    """Its masks are a property, that changes with each step."""
+    """Its masks are a property that changes with each step."""
 
     mask = np.ones(3, bool)
     action_masks = property(lambda self: self.mask)
 
 
 class ArrayEnv(TimeoutEnv):
-    """Its mask is an array, the same all the time."""
+    """Its mask is an array that never changes."""
 
     action_masks = np.array([True, False, True])
 
@@ -334,7 +336,7 @@ def test_masks_may_be_properties_and_arrays(env, n_envs, engine):
         (NoneEnv, {"replay_buffer_class": ReplayBuffer}),
     ],
 )
-def test_none_is_no_mask(env, settings):
+def test_none_means_no_masks(env, settings):
     model = ScratchDQN("MlpPolicy", env(), **SETTINGS, **settings).learn(60)
     assert model._masks is None
     reference = ScratchDQN("MlpPolicy", TimeoutEnv(), **SETTINGS, **settings).learn(60)
@@ -342,7 +344,7 @@ def test_none_is_no_mask(env, settings):
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning")
-def test_none_is_no_mask_in_other_processes():
+def test_none_means_no_masks_in_other_processes():
     envs = SubprocVecEnv([ReturnsNoneEnv, ReturnsNoneEnv], start_method="fork")
     model = ScratchDQN("MlpPolicy", envs, **SETTINGS).learn(20)
     assert model._masks is None
@@ -350,17 +352,17 @@ def test_none_is_no_mask_in_other_processes():
 
 
 @pytest.mark.parametrize("value", [np.ones(2, bool), np.ones((3, 3), bool), True, {"left": True}])
-def test_attributes_that_are_no_masks_are_named_with_their_shape(value):
-    class Strange(TimeoutEnv):
+def test_attributes_of_a_wrong_shape_raise(value):
+    class WrongShape(TimeoutEnv):
         action_masks = value
 
     shape = str(np.shape(value)).replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(ValueError, match=rf"action_masks of environment 0 are of shape {shape}, but must have"):
-        ScratchDQN("MlpPolicy", Strange(), **SETTINGS).learn(20)
+        ScratchDQN("MlpPolicy", WrongShape(), **SETTINGS).learn(20)
 
 
-def test_masks_that_end_are_named():
-    class Ends(TimeoutEnv):
+def test_masks_that_become_none_raise():
+    class BecomesNone(TimeoutEnv):
         calls = 0
 
         def action_masks(self):
@@ -368,4 +370,4 @@ def test_masks_that_end_are_named():
             return None if self.calls > 5 else np.ones(3, bool)
 
     with pytest.raises(ValueError, match="action_masks of environment 0 are None, but must have the shape"):
-        ScratchDQN("MlpPolicy", Ends(), **SETTINGS).learn(20)
+        ScratchDQN("MlpPolicy", BecomesNone(), **SETTINGS).learn(20)

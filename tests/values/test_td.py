@@ -1,4 +1,4 @@
-"""The targets and the Bellman update against loops, hand-computed values and finite differences."""
+"""Targets and the Bellman update equal loops, values computed by hand and finite differences."""
 
 import math
 from itertools import product
@@ -8,14 +8,15 @@ import pytest
 import torch as th
 
 from sb3_scratch_dqn.replay.batch import Batch
-from sb3_scratch_dqn.values.heads import HEADS, LOSSES, ExpectedHead, make_head
-from sb3_scratch_dqn.values.td import MunchausenSettings, Objective, at_actions, make_target, mean_loss, td_losses
+from sb3_scratch_dqn.values.heads import HEADS, ExpectedHead, make_head
+from sb3_scratch_dqn.values.losses import LOSSES
+from sb3_scratch_dqn.values.td import MunchausenSettings, Objective, at_actions, make_target, td_losses
 
 N_ACTIONS = 3
 
 
 class LinearNetwork:
-    """A network that multiplies: the least that serves as online and as target network."""
+    """A matrix product, the simplest online or target network."""
 
     def __init__(self, weights, head):
         self.weights, self.head = weights, head
@@ -74,7 +75,7 @@ def allowed_actions(masks, sample):
 
 
 def naive_target(batch, i, online, target, double_q, munchausen):
-    """The target of one transition of scalar action values, from the papers, with loops."""
+    """Compute the target of one transition for scalar action values by loops, from the papers."""
     q_target = target(batch.next_observations)[i].tolist()
     q_choice = (online if double_q else target)(batch.next_observations)[i].tolist()
     allowed = allowed_actions(batch.next_action_masks, i)
@@ -103,22 +104,22 @@ MUNCHAUSEN = MunchausenSettings(tau=0.5, alpha=0.8, clip=-1.5)
 @pytest.mark.parametrize("munchausen", [None, MUNCHAUSEN])
 @pytest.mark.parametrize("double_q", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_losses_and_priorities_equal_those_of_a_loop(loss, double_q, munchausen, masks):
+def test_losses_and_priorities_equal_a_loop(loss, double_q, munchausen, masks):
     head = ExpectedHead()
     batch = make_batch(40, 5, seed=0, dtype=th.float64, masks=masks)
     online, target = networks(head)
     make = make_target(Objective(LOSSES[loss], double_q, munchausen), online, target, head)
-    got = td_losses(batch, online.outputs, make, head, LOSSES[loss])
+    actual = td_losses(batch, online.outputs, make, head, LOSSES[loss])
     errors = [
         online(batch.observations)[i, batch.actions[i]].item()
         - naive_target(batch, i, online, target, double_q, munchausen)
         for i in range(40)
     ]
     absolute = np.abs(errors)
-    assert absolute.min() < 1 < absolute.max(), "both branches of the Huber loss must occur"
+    assert absolute.min() < 1 < absolute.max(), "both branches of the Huber loss occur"
     expected = absolute**2 if loss == "mse" else np.where(absolute < 1, 0.5 * absolute**2, absolute - 0.5)
-    np.testing.assert_allclose(got.losses, expected, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(got.priorities, absolute, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(actual.losses, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(actual.priorities, absolute, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("double_q", [False, True])
@@ -126,7 +127,7 @@ def test_munchausen_averages_and_shifts_every_quantile(double_q):
     head = make_head("quantile", {"n_quantiles": 4})
     batch = make_batch(10, 5, seed=0, dtype=th.float64)
     online, target = networks(head)
-    got = make_target(Objective(LOSSES["huber"], double_q, MUNCHAUSEN), online, target, head)(batch)
+    actual = make_target(Objective(LOSSES["huber"], double_q, MUNCHAUSEN), online, target, head)(batch)
     tau, alpha, clip = MUNCHAUSEN
     chooser = online if double_q else target
     for i in range(10):
@@ -140,11 +141,11 @@ def test_munchausen_averages_and_shifts_every_quantile(double_q):
                 for a in range(N_ACTIONS)
             )
             expected = batch.returns[i].item() + bonus + batch.discounts[i].item() * soft
-            assert got[i, k].item() == pytest.approx(expected)
+            assert actual[i, k].item() == pytest.approx(expected)
 
 
 def test_the_bonus_of_munchausen_is_clipped_in_some_samples_and_not_in_others():
-    # or the comparison above would not see a wrong clip
+    # Otherwise the comparison above would not detect a wrong clip
     _, target = networks(ExpectedHead())
     batch = make_batch(40, 5, seed=0, dtype=th.float64)
     log_policy = (target(batch.observations) / MUNCHAUSEN.tau).log_softmax(1)
@@ -183,12 +184,12 @@ def test_one_transition_by_hand():
     assert losses(False, "mse").losses.tolist() == [0.0625, 9.0]
     assert losses(False, "huber").losses.tolist() == [0.03125, 2.5]
     assert losses(False, "mse").priorities.tolist() == [0.25, 3.0]
-    # The online network likes action 1 better, which the target network values -4: 1 + 0.5 * -4 = -1
+    # The online network prefers action 1, whose value in the target network is -4: 1 + 0.5 * -4 = -1
     assert losses(True, "mse").losses.tolist() == [3.25**2, 9.0]
 
 
-# C51 has a loss of its own, and no returns that Munchausen could shift
-MEANINGFUL = [
+# C51 uses cross-entropy, and its outputs are not returns, which Munchausen needs
+SUPPORTED = [
     (name, loss, munchausen)
     for name, loss, munchausen in product(HEADS, LOSSES, [None, MUNCHAUSEN])
     if name != "c51" or (loss == "huber" and munchausen is None)
@@ -196,7 +197,7 @@ MEANINGFUL = [
 
 
 @pytest.mark.parametrize("double_q", [False, True])
-@pytest.mark.parametrize(("name", "loss", "munchausen"), MEANINGFUL)
+@pytest.mark.parametrize(("name", "loss", "munchausen"), SUPPORTED)
 def test_gradients_equal_finite_differences(name, loss, double_q, munchausen):
     head = make_head(name, {"n_quantiles": 5} if name == "quantile" else {"n_atoms": 6} if name == "c51" else None)
     batch = make_batch(6, 4, seed=1, dtype=th.float64)
@@ -224,53 +225,14 @@ def test_targets_and_priorities_get_no_gradient(double_q, munchausen):
     online.weights.requires_grad_()
     target.weights.requires_grad_()
     make = make_target(Objective(LOSSES["huber"], double_q, munchausen), online, target, head)
-    got = td_losses(batch, online.outputs, make, head, LOSSES["huber"])
-    assert got.losses.requires_grad
-    assert not got.target.requires_grad
-    assert not got.priorities.requires_grad
-    got.losses.sum().backward()
+    actual = td_losses(batch, online.outputs, make, head, LOSSES["huber"])
+    assert actual.losses.requires_grad
+    assert not actual.target.requires_grad
+    assert not actual.priorities.requires_grad
+    actual.losses.sum().backward()
     assert target.weights.grad is None
 
 
-@pytest.mark.parametrize("n_samples", [1, 32, 100])
-@pytest.mark.parametrize(("name", "loss"), [(name, loss) for name in HEADS for loss in HEADS[name].supported_losses])
-def test_the_mean_loss_and_its_gradient_are_those_of_the_losses(name, loss, n_samples):
-    head = make_head(name, None)
-    generator = th.Generator().manual_seed(0)
-    flat = 3 * th.randn(n_samples, head.n_outputs, generator=generator)
-    outputs = th.cat([flat, th.rand(n_samples, head.n_outputs, generator=generator)], dim=1) if name == "iqn" else flat
-    target = 3 * th.randn(head.backup(outputs, *th.ones(2, n_samples)).shape, generator=generator)
-    if name == "c51":
-        target = target.softmax(dim=1)
-
-    def gradient(of):
-        leaf = outputs.clone().requires_grad_()
-        loss = of(leaf)
-        loss.backward()
-        return loss.detach(), leaf.grad
-
-    mean, gradient_of_mean = gradient(lambda leaf: mean_loss(leaf, target, head, LOSSES[loss]))
-    naive, naive_gradient = gradient(lambda leaf: head.losses(leaf, target, LOSSES[loss])[0].mean())
-    assert th.equal(mean, naive)
-    assert th.equal(gradient_of_mean, naive_gradient)
-
-
-def test_the_mean_loss_heeds_who_changes_the_losses_of_a_head():
-    class Doubled(ExpectedHead):
-        def losses(self, outputs, target, loss):
-            losses, priorities = super().losses(outputs, target, loss)
-            return 2 * losses, priorities
-
-    patched = ExpectedHead()
-    patched.losses = Doubled().losses
-    outputs, target = th.arange(8.0)[:, None], th.ones(8)
-    plain = mean_loss(outputs, target, ExpectedHead(), LOSSES["mse"])
-    assert mean_loss(outputs, target, Doubled(), LOSSES["mse"]) == 2 * plain
-    assert mean_loss(outputs, target, patched, LOSSES["mse"]) == 2 * plain
-    absolute = mean_loss(outputs, target, ExpectedHead(), lambda one, other: (one - other).abs())
-    assert absolute == (outputs[:, 0] - target).abs().mean()
-
-
-def test_actions_pick_all_outputs_of_an_action():
+def test_all_outputs_of_an_action_are_selected():
     outputs = th.arange(24).view(2, 3, 4)
     assert at_actions(outputs, th.tensor([2, 0])).tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]

@@ -1,11 +1,11 @@
-"""The presets are what their names say, and make models that train."""
+"""Each preset configures the algorithm of its name, and its models train."""
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
 from helpers import ImageEnv
-from zoo_settings import built
+from zoo_settings import parse_settings
 
 from sb3_scratch_dqn import ScratchDQN
 from sb3_scratch_dqn.networks.noisy import NoisyLinear
@@ -23,7 +23,7 @@ def read(name):
 
 
 def parts(model):
-    """Which parts of the family a model is made of."""
+    """Return which parts of the DQN family a model uses."""
     modules = list(model.q_net.modules())
     return {
         "double": model.double_q,
@@ -36,25 +36,25 @@ def parts(model):
     }
 
 
-PLAIN = {
+DEFAULT = {
     "double": False, "dueling": False, "noisy": False, "n_steps": False, "prioritized": False, "munchausen": False,
     "head": ExpectedHead,
 }  # fmt: skip
 
 EXPECTED = {
-    "double": {**PLAIN, "double": True},
-    "dueling": {**PLAIN, "dueling": True},
-    "munchausen": {**PLAIN, "munchausen": True},
-    "qrdqn": {**PLAIN, "head": QuantileHead},
-    "iqn": {**PLAIN, "head": ImplicitQuantileHead},
+    "double": {**DEFAULT, "double": True},
+    "dueling": {**DEFAULT, "dueling": True},
+    "munchausen": {**DEFAULT, "munchausen": True},
+    "qrdqn": {**DEFAULT, "head": QuantileHead},
+    "iqn": {**DEFAULT, "head": ImplicitQuantileHead},
     "rainbow": {
-        **PLAIN, "double": True, "dueling": True, "noisy": True, "n_steps": True, "prioritized": True,
+        **DEFAULT, "double": True, "dueling": True, "noisy": True, "n_steps": True, "prioritized": True,
         "head": CategoricalHead,
     },
 }  # fmt: skip
 
 
-class AtariLike(ImageEnv):
+class AtariLikeEnv(ImageEnv):
     observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
 
     def _observe(self):
@@ -63,12 +63,12 @@ class AtariLike(ImageEnv):
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_makes_what_its_name_says(preset, environment):
+def test_every_preset_makes_the_algorithm_of_its_name(preset, environment):
     settings = read(preset)[environment]
-    for for_the_zoo in ("env_wrapper", "frame_stack"):
-        settings.pop(for_the_zoo, None)
-    settings, _ = built(settings)
-    env = {"default": "CartPole-v1", "atari": AtariLike()}.get(environment, environment)
+    for zoo_option in ("env_wrapper", "frame_stack"):
+        settings.pop(zoo_option, None)
+    settings, _ = parse_settings(settings)
+    env = {"default": "CartPole-v1", "atari": AtariLikeEnv()}.get(environment, environment)
     model = ScratchDQN(env=env, seed=0, **{**settings, "learning_starts": 10, "train_freq": 15, "gradient_steps": 1})
     assert parts(model) == EXPECTED[preset]
     model.learn(30)
@@ -79,24 +79,24 @@ def test_every_preset_makes_what_its_name_says(preset, environment):
 
 
 @pytest.mark.parametrize("preset", ["double", "dueling", "munchausen", "qrdqn"])
-def test_these_presets_are_the_default_settings_and_a_switch(preset):
+def test_these_presets_are_the_default_settings_with_one_switch(preset):
     base, changed = read("scratch_dqn"), read(preset)
     assert base.keys() == changed.keys()
     for environment, settings in base.items():
-        (settings, _), (preset_settings, _) = built(settings), built(changed[environment])
+        (settings, _), (preset_settings, _) = parse_settings(settings), parse_settings(changed[environment])
         for key in ("double_q", "munchausen"):
             preset_settings.pop(key, None)
         kwargs = preset_settings.pop("policy_kwargs", {})
         if (preset, environment) == ("dueling", "atari"):
-            assert kwargs.pop("net_arch") == [512], "a hidden layer that the streams can have for themselves"
+            assert kwargs.pop("net_arch") == [512], "a hidden layer of the streams"
         assert {key: kwargs[key] for key in kwargs if key == "net_arch"} == settings.pop("policy_kwargs", {})
         assert preset_settings == settings
 
 
-def test_the_returns_of_rainbow_fit_between_its_atoms():
-    # A reward of r a step makes a return of r / (1 - gamma) at most
+def test_the_atoms_of_rainbow_cover_the_returns():
+    # With a reward of r per step, a return is at most r / (1 - gamma)
     for environment, reward in (("CartPole-v1", 1), ("MountainCar-v0", -1), ("Acrobot-v1", -1)):
-        settings, _ = built(read("rainbow")[environment])
+        settings, _ = parse_settings(read("rainbow")[environment])
         atoms = settings["policy_kwargs"]["head_kwargs"]
-        furthest = reward / (1 - settings["gamma"])
-        assert (atoms["v_min"], atoms["v_max"]) == pytest.approx((min(furthest, 0), max(furthest, 0)))
+        extreme = reward / (1 - settings["gamma"])
+        assert (atoms["v_min"], atoms["v_max"]) == pytest.approx((min(extreme, 0), max(extreme, 0)))

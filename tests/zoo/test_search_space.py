@@ -1,4 +1,4 @@
-"""What a search tries, and what becomes of it."""
+"""The search space and the conversion of sampled values to settings."""
 
 from inspect import signature
 
@@ -7,7 +7,7 @@ import pytest
 from helpers import TimeoutEnv
 
 from sb3_scratch_dqn import ScratchDQN
-from sb3_scratch_dqn.zoo.search_space import DEFAULT_SPACE, check_space, convert_params, sample_params
+from sb3_scratch_dqn.zoo.search_space import DEFAULT_SPACE, check_search_space, convert_params, sample_params
 
 NO_HER = {"using_her_replay_buffer": False, "her_kwargs": {}}
 
@@ -26,7 +26,7 @@ def _quiet():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def test_a_search_tries_what_matters_and_everything_that_it_tries_works():
+def test_a_search_samples_the_important_settings_and_all_samples_are_valid():
     needed = {
         "learning_rate", "gamma", "batch_size", "buffer_size", "train_freq", "gradient_steps", "target_update_interval",
         "exploration_fraction", "exploration_final_eps", "policy_kwargs",
@@ -64,7 +64,7 @@ def test_derived_settings_by_hand():
     assert convert_params({"train_freq": 2, "subsample_steps": 8})["gradient_steps"] == 1
 
 
-def test_switches_are_searched_and_those_without_meaning_left_off():
+def test_switches_are_searched_and_invalid_combinations_switched_off():
     settings = convert_params(
         {"head": "c51", "value_range": 100.0, "dueling": True, "noisy": False, "munchausen": True, "prioritized": True}
     )
@@ -86,7 +86,7 @@ def test_switches_are_searched_and_those_without_meaning_left_off():
         assert {settings[switch] for settings in seen} == {False, True}
 
 
-def test_a_declared_space_takes_the_place_of_the_default_one():
+def test_a_declared_space_replaces_the_default_one():
     space = {"gamma": {"low": 0.9, "high": 0.999}, "batch_size": [32, 64], "n_steps": {"low": 1, "high": 3}}
     seen = [settings for _, settings in trials(40, space)]
     assert all(settings.keys() == space.keys() for settings in seen)
@@ -95,7 +95,7 @@ def test_a_declared_space_takes_the_place_of_the_default_one():
     assert all(0.9 <= settings["gamma"] <= 0.999 for settings in seen)
 
 
-def test_hindsight_is_searched_with_its_buffer():
+def test_settings_of_the_her_buffer_are_searched():
     additional_args = {"using_her_replay_buffer": True, "her_kwargs": {"copy_info_dict": True}}
     for trial, settings in trials(5, additional_args=additional_args):
         kwargs = settings["replay_buffer_kwargs"]
@@ -126,25 +126,25 @@ SETTINGS = ["gamma", "batch_size", "train_freq"]
         {"low": float("nan"), "high": 1.0},
     ],
 )
-def test_a_space_that_is_none_is_named(choices):
+def test_invalid_choices_are_refused(choices):
     with pytest.raises(ValueError, match=r"search_space: gamma=.* must be a list of choices, or a range"):
-        check_space({"batch_size": [1, 2], "gamma": choices}, SETTINGS)
+        check_search_space({"batch_size": [1, 2], "gamma": choices}, SETTINGS)
 
 
-def test_a_space_of_something_else_is_named():
-    with pytest.raises(ValueError, match=r"'speed' can not be searched: it is no setting"):
-        check_space({"speed": [1, 2]}, SETTINGS)
+def test_invalid_search_spaces_are_refused():
+    with pytest.raises(ValueError, match=r"'speed' cannot be searched: it is not a setting"):
+        check_search_space({"speed": [1, 2]}, SETTINGS)
     with pytest.raises(ValueError, match="net_arch='tiny' is unknown: choose from small"):
-        check_space({"net_arch": ["small", "tiny"]}, SETTINGS)
+        check_search_space({"net_arch": ["small", "tiny"]}, SETTINGS)
     with pytest.raises(ValueError, match="search_space=3 must map names"):
-        check_space(3, SETTINGS)
-    with pytest.raises(ValueError, match="subsample_steps belongs to train_freq, so search that too"):
-        check_space({"subsample_steps": [1, 2]}, SETTINGS)
+        check_search_space(3, SETTINGS)
+    with pytest.raises(ValueError, match="subsample_steps requires train_freq, so search that too"):
+        check_search_space({"subsample_steps": [1, 2]}, SETTINGS)
 
 
-def test_good_spaces_pass():
-    check_space(DEFAULT_SPACE, signature(ScratchDQN).parameters)
-    check_space({"gamma": {"low": 0.9, "high": 0.999, "step": 0.001}, "batch_size": [32]}, SETTINGS)
+def test_valid_search_spaces_are_accepted():
+    check_search_space(DEFAULT_SPACE, signature(ScratchDQN).parameters)
+    check_search_space({"gamma": {"low": 0.9, "high": 0.999, "step": 0.001}, "batch_size": [32]}, SETTINGS)
 
 
 def test_the_default_space_covers_the_tuned_settings():

@@ -1,11 +1,11 @@
-"""The presets of the two tutorials have the tutorials' values."""
+"""The presets of the two tutorials have the tutorials' settings."""
 
 import math
 
 import pytest
 import yaml
 from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
-from zoo_settings import built
+from zoo_settings import parse_settings
 
 from sb3_scratch_dqn import ScratchDQN
 from sb3_scratch_dqn.zoo.registration import hyperparams_folder
@@ -19,7 +19,7 @@ def presets():
 
 
 def test_cartpole(presets):
-    settings, rest = built(presets["CartPole-v1"])
+    settings, rest = parse_settings(presets["CartPole-v1"])
     model = ScratchDQN(env="CartPole-v1", **settings)
     assert [layer.out_features for layer in model.q_net.q_net if hasattr(layer, "out_features")] == [24, 24, 2]
     assert model.buffer_size == 50_000
@@ -35,14 +35,14 @@ def test_cartpole(presets):
     assert (model.train_freq.frequency, model.train_freq.unit.value, model.gradient_steps) == (1, "step", 1)
     assert model.tau == 1
     assert model.n_steps == 1
-    # The first update comes when the replay holds a batch
+    # The first update is made when the replay buffer holds a batch
     assert model.learning_starts + 1 == model.batch_size
     assert model.replay_buffer.handle_timeout_termination is False
     assert rest == {"n_timesteps": 500 * 500, "callback": [{STOP: {"max_episodes": 500}}]}
 
 
 def test_lunar_lander(presets):
-    settings, rest = built(presets["LunarLander-v3"])
+    settings, rest = parse_settings(presets["LunarLander-v3"])
     model = ScratchDQN(env="LunarLander-v3", **settings)
     assert [layer.out_features for layer in model.q_net.q_net if hasattr(layer, "out_features")] == [128, 128, 4]
     assert model.buffer_size == 10_000
@@ -69,11 +69,11 @@ def test_lunar_lander(presets):
     }
 
 
-def test_the_first_update_comes_with_the_first_full_batch_and_training_ends_after_the_episodes(presets):
-    settings, _ = built(presets["CartPole-v1"])
+def test_the_first_update_uses_the_first_full_batch_and_training_stops_after_the_episodes(presets):
+    settings, _ = parse_settings(presets["CartPole-v1"])
     model = ScratchDQN(env="CartPole-v1", seed=0, **settings)
     assert model.learn(63)._n_updates == 0
     assert model.learn(64)._n_updates == 1
     model.learn(10_000, StopTrainingOnMaxEpisodes(5))
-    assert model._episode_num == 4  # the callback stops before the last episode is counted
+    assert model._episode_num == 4  # the callback stops training before the last episode is counted
     assert model.exploration_rate == 0.995**4

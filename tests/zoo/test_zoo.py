@@ -1,4 +1,4 @@
-"""What RL Zoo does with scratch_dqn, through its own classes and its literal commands."""
+"""RL Zoo works with scratch_dqn, through its classes and its commands."""
 
 import argparse
 import os
@@ -16,13 +16,13 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
 from sb3_scratch_dqn import ScratchDQN
 from sb3_scratch_dqn.zoo import registration as zoo
-from sb3_scratch_dqn.zoo.registration import find_settings, hyperparams_folder
+from sb3_scratch_dqn.zoo.registration import find_config, hyperparams_folder
 
 FAST = ["-params", "learning_starts:50", "train_freq:4", "gradient_steps:1", "buffer_size:1000"]
 
 
 def run(folder, *args):
-    """Run one of the Zoo's modules as a user would."""
+    """Run one of the Zoo's commands and return its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SDL_VIDEODRIVER": "dummy", "MPLBACKEND": "Agg"}
     result = subprocess.run(
         [sys.executable, "-m", *args],
@@ -45,23 +45,23 @@ def train(folder, *args, steps=300):
 
 
 def manager(**kwargs):
-    """An experiment, made but not begun."""
+    """Return an experiment manager before ``setup_experiment``."""
     return ExperimentManager(argparse.Namespace(), kwargs.pop("algo", "scratch_dqn"), "CartPole-v1", "logs", **kwargs)
 
 
-def test_it_is_registered():
+def test_the_algorithm_is_registered():
     assert rl_zoo3.ALGOS["scratch_dqn"] is ScratchDQN
     assert HYPERPARAMS_SAMPLER["scratch_dqn"] is zoo.sample_params
     assert HYPERPARAMS_CONVERTER["scratch_dqn"] is zoo.convert_params
 
 
-def test_registering_again_changes_nothing():
+def test_registering_again_has_no_effect():
     before = ExperimentManager.__init__, dict(rl_zoo3.ALGOS)
     zoo.register()
     assert (ExperimentManager.__init__, dict(rl_zoo3.ALGOS)) == before
 
 
-def test_an_experiment_reads_our_settings_unless_told_otherwise(tmp_path):
+def test_an_experiment_reads_our_settings_unless_conf_file_names_others(tmp_path):
     assert manager().config == str(hyperparams_folder() / "scratch_dqn.yml")
     assert manager(config="tutorials").config == str(hyperparams_folder() / "tutorials.yml")
     assert manager(config="other.yml").config == "other.yml"
@@ -70,18 +70,18 @@ def test_an_experiment_reads_our_settings_unless_told_otherwise(tmp_path):
     assert manager(algo="dqn", config="tutorials").config == "tutorials"
 
 
-def test_a_module_of_the_user_comes_before_a_preset_of_its_name(tmp_path, monkeypatch):
+def test_a_module_of_the_user_takes_precedence_over_a_preset_of_the_same_name(tmp_path, monkeypatch):
     (tmp_path / "tutorials.py").write_text("hyperparams = {}")
     monkeypatch.syspath_prepend(tmp_path)
-    assert find_settings("tutorials", "tutorials") == "tutorials"
+    assert find_config("tutorials", "tutorials") == "tutorials"
 
 
-def test_settings_that_the_zoo_ships_for_our_name_would_come_first(tmp_path):
+def test_a_default_file_of_the_zoo_for_our_name_takes_precedence(tmp_path):
     (tmp_path / "scratch_dqn.yml").touch()
-    assert find_settings(None, str(tmp_path / "scratch_dqn.yml")) == str(tmp_path / "scratch_dqn.yml")
+    assert find_config(None, str(tmp_path / "scratch_dqn.yml")) == str(tmp_path / "scratch_dqn.yml")
 
 
-def test_our_default_settings_are_those_of_dqn():
+def test_our_default_settings_equal_those_of_dqn():
     reference = yaml.safe_load(Path(rl_zoo3.__path__[0], "hyperparams", "dqn.yml").read_text())
     ours = yaml.safe_load((hyperparams_folder() / "scratch_dqn.yml").read_text())
     assert {"default", "atari"} <= ours.keys()
@@ -91,7 +91,7 @@ def test_our_default_settings_are_those_of_dqn():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder in which the Zoo trained for a moment and saved all that it can."""
+    """A folder in which the Zoo trained for 300 steps and saved every kind of file."""
     folder = tmp_path_factory.mktemp("zoo")
     train(
         folder, "--save-replay-buffer", "--eval-freq", "150", "--eval-episodes", "2", "--save-freq", "150",
@@ -100,7 +100,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_training_leaves_all_that_the_zoo_saves(trained):
+def test_training_saves_all_files_of_the_zoo(trained):
     run_folder = trained / "logs" / "scratch_dqn" / "CartPole-v1_1"
     names = {path.name for path in run_folder.iterdir()}
     assert {"CartPole-v1.zip", "best_model.zip", "evaluations.npz", "replay_buffer.pkl", "0.monitor.csv"} <= names
@@ -117,7 +117,7 @@ def test_the_same_seed_trains_the_same_agent(trained, tmp_path):
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def test_enjoy_plays_the_agent(trained):
+def test_enjoy_evaluates_the_agent(trained):
     out = run(
         trained, "rl_zoo3.enjoy", "--algo", "scratch_dqn", "--env", "CartPole-v1", "-f", "logs", "--no-render",
         "-n", "500", "--load-best",
@@ -125,7 +125,7 @@ def test_enjoy_plays_the_agent(trained):
     assert "Mean reward:" in out
 
 
-def test_training_goes_on_from_a_saved_agent_and_its_replay(trained):
+def test_training_continues_from_a_saved_agent_and_its_replay_buffer(trained):
     out = train(trained, "-i", "logs/scratch_dqn/CartPole-v1_1/CartPole-v1.zip", *FAST, "batch_size:16")
     assert "Loading replay buffer" in out
     model = ScratchDQN.load(trained / "logs/scratch_dqn/CartPole-v1_2/CartPole-v1.zip")
@@ -133,11 +133,11 @@ def test_training_goes_on_from_a_saved_agent_and_its_replay(trained):
     assert model._n_updates > 75
 
 
-def test_environments_run_in_processes(tmp_path):
+def test_environments_run_in_subprocesses(tmp_path):
     train(tmp_path, "--vec-env", "subproc", *FAST, "n_envs:2")
 
 
-def test_a_search_fills_a_study_and_a_trial_or_the_best_one_is_trained(tmp_path):
+def test_a_search_creates_a_study_from_which_a_trial_or_the_best_one_is_trained(tmp_path):
     common = ["--storage", "logs/study.log", "--study-name", "s", *FAST]
     train(
         tmp_path, "-optimize", "--n-trials", "2", "--n-evaluations", "1", "--eval-episodes", "1", "--no-optim-plots",
@@ -149,10 +149,10 @@ def test_a_search_fills_a_study_and_a_trial_or_the_best_one_is_trained(tmp_path)
     study = optuna.load_study(study_name="s", storage=storage)
     assert len(study.trials) == 2
 
-    for trial, what in (([], "the best trial"), (["--trial-id", "0"], "trial 0"), (["--trial-id", "1"], None)):
+    for trial, description in (([], "the best trial"), (["--trial-id", "0"], "trial 0"), (["--trial-id", "1"], None)):
         out = train(tmp_path, *trial, *common, steps=60)
         assert "Loading from Optuna study" in out
-        assert what is None or f"Using {what} of study 's'" in out
+        assert description is None or f"Using {description} of study 's'" in out
     for number, expected in ((2, study.best_trial), (3, study.trials[0]), (4, study.trials[1])):
         config = yaml.unsafe_load(
             (tmp_path / f"logs/scratch_dqn/CartPole-v1_{number}/CartPole-v1/config.yml").read_text()
@@ -162,7 +162,7 @@ def test_a_search_fills_a_study_and_a_trial_or_the_best_one_is_trained(tmp_path)
                 assert config[name] == value
 
 
-def test_a_preset_may_declare_its_own_search_space(tmp_path):
+def test_a_hyperparameter_file_may_declare_a_search_space(tmp_path):
     (tmp_path / "mine.yml").write_text(
         "CartPole-v1: {policy: MlpPolicy, n_timesteps: 60, buffer_size: 100,\n"
         "  search_space: {learning_rate: {low: 1.0e-4, high: 1.0e-3, log: true}, batch_size: [8, 16]}}"
@@ -175,7 +175,7 @@ def test_a_preset_may_declare_its_own_search_space(tmp_path):
     assert "one_minus_gamma" not in out.split("Params:")[1]
 
 
-def test_a_trial_that_cannot_run_is_pruned_and_does_not_end_the_search():
+def test_a_trial_with_invalid_settings_is_pruned_and_the_search_continues():
     class Manager:
         algo, search_space = "scratch_dqn", {"buffer_size": [8]}
 
@@ -183,7 +183,7 @@ def test_a_trial_that_cannot_run_is_pruned_and_does_not_end_the_search():
         return ScratchDQN("MlpPolicy", "CartPole-v1", buffer_size=trial.suggest_int("buffer_size", 8, 8))
 
     study = optuna.create_study()
-    study.optimize(lambda trial: zoo._extend_objective(fail)(Manager(), trial), n_trials=2)
+    study.optimize(lambda trial: zoo._wrap_objective(fail)(Manager(), trial), n_trials=2)
     assert [trial.state.name for trial in study.trials] == ["PRUNED", "PRUNED"]
     assert study.trials[0].user_attrs["search_space"] == {"buffer_size": [8]}
 
@@ -193,29 +193,29 @@ from pathlib import Path
 import gymnasium as gym
 from gymnasium.envs.classic_control import CartPoleEnv
 
-class Once(CartPoleEnv):
+class NanOnce(CartPoleEnv):
     steps = 0
 
     def step(self, action):
         observation, reward, *rest = super().step(action)
-        Once.steps += 1
-        if Once.steps > 40 and not Path("told").exists():
-            Path("told").touch()
+        NanOnce.steps += 1
+        if NanOnce.steps > 40 and not Path("nan_was_returned").exists():
+            Path("nan_was_returned").touch()
             reward = float("nan")
         return observation, reward, *rest
 
-gym.register("Once-v0", Once, max_episode_steps=20)
+gym.register("NanOnce-v0", NanOnce, max_episode_steps=20)
 """
 
 
-def test_a_reward_that_is_no_number_prunes_its_trial_and_the_search_goes_on(tmp_path):
+def test_a_nan_reward_prunes_its_trial_and_the_search_continues(tmp_path):
     (tmp_path / "nan_env.py").write_text(NAN_ENV)
     (tmp_path / "mine.yml").write_text(
-        "Once-v0: {policy: MlpPolicy, n_timesteps: 100, buffer_size: 100, learning_starts: 10,\n"
+        "NanOnce-v0: {policy: MlpPolicy, n_timesteps: 100, buffer_size: 100, learning_starts: 10,\n"
         "  policy_kwargs: 'dict(head=\"c51\", head_kwargs=dict(v_min=0, v_max=100))', search_space: {batch_size: [8]}}"
     )
     run(
-        tmp_path, "rl_zoo3.train", "--algo", "scratch_dqn", "--env", "Once-v0", "--gym-packages", "nan_env",
+        tmp_path, "rl_zoo3.train", "--algo", "scratch_dqn", "--env", "NanOnce-v0", "--gym-packages", "nan_env",
         "--conf-file", "mine.yml", "-optimize", "--n-trials", "2", "--n-evaluations", "1", "--eval-episodes", "1",
         "--no-optim-plots", "--num-threads", "1", "--storage", "logs/study.log", "--study-name", "s",
     )  # fmt: skip
@@ -226,11 +226,11 @@ def test_a_reward_that_is_no_number_prunes_its_trial_and_the_search_goes_on(tmp_
     assert [trial.state.name for trial in trials] == ["PRUNED", "COMPLETE"]
 
 
-def test_a_search_space_that_cannot_be_searched_ends_the_experiment_before_it_begins(tmp_path, monkeypatch):
+def test_an_invalid_search_space_raises_an_error_before_the_experiment_starts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yml").write_text(
         "CartPole-v1: {policy: MlpPolicy, n_timesteps: 60, search_space: {seed: [1, 2]}}"
     )
-    with pytest.raises(ValueError, match="'seed' can not be searched"):
+    with pytest.raises(ValueError, match="'seed' cannot be searched"):
         manager(config="mine.yml", optimize_hyperparameters=True).setup_experiment()
     assert not (tmp_path / "logs").exists()

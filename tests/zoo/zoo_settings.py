@@ -1,10 +1,10 @@
-"""Settings files as the Zoo reads them."""
+"""Read hyperparameters as the Zoo does."""
 
 from stable_baselines3.common.utils import LinearSchedule
 
 
-def built(settings):
-    """The algorithm that the Zoo would make of these settings, and the rest of them."""
+def parse_settings(settings):
+    """Return the keyword arguments that the Zoo would pass to the algorithm, and the settings that it uses itself."""
     settings = dict(settings)
     rest = {name: settings.pop(name) for name in ("n_timesteps", "callback", "search_space") if name in settings}
     for name in ("policy_kwargs", "replay_buffer_kwargs"):

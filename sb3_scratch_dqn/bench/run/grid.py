@@ -22,7 +22,7 @@ from joblib import Parallel, delayed, parallel, parallel_config, register_parall
 from sb3_scratch_dqn.bench.machine import ONE_THREAD, end_with, n_cores
 from sb3_scratch_dqn.bench.results import Result, check_place, read_result, result_of
 from sb3_scratch_dqn.bench.run.plan import Run, experiment, hyperparameters
-from sb3_scratch_dqn.common.files import atomic_write, remove_leftover
+from sb3_scratch_dqn.common.files import atomic_write, remove_stale_temporary
 
 BACKENDS = ("loky", "ray", "dask")
 
@@ -253,7 +253,7 @@ def write(known: dict[str, Any], path: Path) -> None:
     :param path: of the file
     :raises OSError: if it cannot be written; the error names the file
     """
-    remove_leftover(path.with_suffix(".tmp"))  # of an earlier version
+    remove_stale_temporary(path.with_suffix(".tmp"))  # of an earlier version
     with atomic_write(path) as file:
         file.write(f"{_readable(known)}\n".encode())
 

@@ -1,9 +1,14 @@
 """Updates on the CPU in few calls.
 
-- ``engine``: gradients by hand, for networks of linear layers
-- ``dense``: the mathematics of the layers; ``products``: the fastest matrix products
-- ``learners``: the mathematics of the losses
-- ``flat``: parameters, gradients and Adam's state in one piece
-- ``support``: which networks can be served by hand
-- ``autograd``: the engine for all other networks
+- ``engine``: gradients by hand, for networks of linear layers; ``support``: which policies that is possible for
+- ``dense``: forward and backward pass of linear layers
+- ``products``: the fastest matrix products
+- ``learners``: targets, losses and their gradients at the outputs
+- ``flat``: parameters, gradients and Adam's state as flat tensors
+- ``autograd``: gradients by autograd, for all other networks
 """
+
+from sb3_scratch_dqn.engines.fused.autograd import FusedAutogradEngine
+from sb3_scratch_dqn.engines.fused.engine import FusedEngine
+
+__all__ = ["FusedAutogradEngine", "FusedEngine"]

@@ -1,9 +1,9 @@
-"""The fused engine for networks of any kind: gradients by autograd, and all that can be faster around it.
+"""The fused engine for all other networks: gradients by autograd, and everything else faster where possible.
 
-- Adam updates all parameters in one call, where its default on the CPU makes about ten for each.
-- Images lie with their channels last, which makes the gradients of convolutions faster.
+- Adam updates all parameters in one call; its default on the CPU makes about ten calls per parameter.
+- Images are in channels-last memory format, which makes the gradients of convolutions faster.
 
-What it computes differs from the eager engine by rounding alone.
+The results differ from those of the eager engine by rounding only.
 """
 
 from typing import ClassVar
@@ -12,19 +12,19 @@ import torch as th
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from torch import nn
 
-from sb3_scratch_dqn.engines.eager import EagerEngine, step_by
-from sb3_scratch_dqn.engines.watch import hooks_reason, unknown_type_reason
+from sb3_scratch_dqn.engines.eager import EagerEngine, adam_step
+from sb3_scratch_dqn.engines.modifications import hooks_reason, unknown_type_reason
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.values.td import Objective
 
 
-def _takes_any_format(extractor: nn.Module) -> bool:
-    """Whether an extractor is known not to care how images lie in memory, as one that calls ``view`` on them would."""
+def _accepts_channels_last(extractor: nn.Module) -> bool:
+    """Return True if an extractor is known to accept any memory format; one that calls ``view`` on images does not."""
     if hooks_reason(extractor) is not None or any("forward" in vars(module) for module in extractor.modules()):
         return False
     if type(extractor) is CombinedExtractor:
-        return all(type(one) in (NatureCNN, nn.Flatten) for one in extractor.extractors.values())
+        return all(type(part) in (NatureCNN, nn.Flatten) for part in extractor.extractors.values())
     return type(extractor) is NatureCNN
 
 
@@ -37,7 +37,7 @@ class FusedAutogradEngine(EagerEngine):
 
     @staticmethod
     def unsupported_reason(policy: DQNPolicy, objective: Objective) -> str | None:
-        """Why this engine cannot serve; ``None`` if it can."""
+        """Return why the engine does not support this policy, or ``None`` if it does."""
         optimizer = policy.optimizer
         if policy.device.type != "cpu":
             return f"device={policy.device.type!r} is not 'cpu'"
@@ -53,25 +53,25 @@ class FusedAutogradEngine(EagerEngine):
             if isinstance(group["lr"], th.Tensor):
                 return "the learning rate of the optimizer is a tensor"
             if not all(parameter.is_floating_point() for parameter in group["params"]):
-                return "the optimizer has parameters that are no floating point numbers"
+                return "the optimizer has parameters that are not floating point"
         return None
 
     def is_stale(self) -> bool:
-        """Whether somebody changed the policy in a way that this engine must be made anew for."""
+        """Return True if the policy was modified such that a new engine must be created."""
         return type(self.policy.optimizer) is not th.optim.Adam or unknown_type_reason(self.policy) is not None
 
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
-        """Take some gradient steps; see :meth:`EagerEngine.train`."""
+        """Take gradient steps; see :meth:`EagerEngine.train`."""
         network = self.policy.q_net
-        if not _takes_any_format(network.features_extractor):
+        if not _accepts_channels_last(network.features_extractor):
             return super().train(source, gradient_steps, max_grad_norm)
         network.image_format = th.channels_last
         try:
             return super().train(source, gradient_steps, max_grad_norm)
         finally:
-            del network.image_format  # the eager engine's numbers are those of the other way
+            del network.image_format  # the eager engine's bits are those of the contiguous format
 
     def _step(self, on_cpu: bool) -> None:
         adam = self.policy.optimizer
         assert isinstance(adam, th.optim.Adam)
-        step_by("fused", adam)
+        adam_step(adam, "fused")

@@ -1,12 +1,12 @@
 """The fused CPU engine: updates without autograd, for networks of linear layers.
 
-What an update costs in PyTorch is mostly overhead. This engine computes the same numbers, up to rounding, with as few
-calls as possible:
+Most of the time of an update in PyTorch is overhead of calls. This engine computes the same numbers, up to rounding, in
+as few calls as possible:
 
-- forwards and backwards by hand (:mod:`sb3_scratch_dqn.engines.fused.dense`), and the gradient of the loss
+- forward and backward passes by hand (:mod:`sb3_scratch_dqn.engines.fused.dense`), and the gradient of the loss
   (:mod:`sb3_scratch_dqn.engines.fused.learners`);
-- parameters, gradients and Adam's state each in one piece (:mod:`sb3_scratch_dqn.engines.fused.flat`);
-- batches and targets of many gradient steps in one go, since the target network does not change in between.
+- parameters, gradients and Adam's state in one flat tensor each (:mod:`sb3_scratch_dqn.engines.fused.flat`);
+- mini-batches and targets of several gradient steps in one call, since the target network does not change in between.
 """
 
 import math
@@ -18,25 +18,26 @@ import torch as th
 
 from sb3_scratch_dqn.engines.fused.dense import DenseNetwork
 from sb3_scratch_dqn.engines.fused.flat import FlatParameters
-from sb3_scratch_dqn.engines.fused.learners import Learner, make_inputs, make_learner
+from sb3_scratch_dqn.engines.fused.learners import Learner, make_learner, make_preprocessor
 from sb3_scratch_dqn.engines.fused.support import dense_unsupported_reason
+from sb3_scratch_dqn.engines.modifications import torch_mode_reason
 from sb3_scratch_dqn.engines.update import LastUpdate
-from sb3_scratch_dqn.engines.watch import torch_mode_reason
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.replay import ArrayBatch, BatchSource
 from sb3_scratch_dqn.values.td import Objective
 
-# Transitions whose targets are computed in one go: many enough to hide what calls cost, few enough for the caches, and
-# bytes of observations that they may have
-_ROWS_AT_ONCE = 1024
-_BYTES_AT_ONCE = 2**22
+# Transitions whose targets are computed in one pass: enough rows to make the overhead of calls small, few enough for
+# the activations of a layer to fit the caches
+_MAX_TARGET_ROWS = 1024
+# Bytes of their observations as float32, for the same reason
+_MAX_TARGET_BYTES = 2**22
 
 
 class FusedEngine:
-    """Gradient steps by hand.
+    """Gradient steps without autograd.
 
-    :param policy: whose online network is trained
-    :param objective: what it is to learn
+    :param policy: policy whose online network is trained
+    :param objective: what the network learns
     """
 
     name: ClassVar[str] = "fused"
@@ -52,101 +53,99 @@ class FusedEngine:
 
     @staticmethod
     def unsupported_reason(policy: DQNPolicy, objective: Objective) -> str | None:
-        """Why this engine cannot serve; ``None`` if it can."""
+        """Return why the engine does not support this policy, or ``None`` if it does."""
         return dense_unsupported_reason(policy)
 
-    def _attach(self) -> None:
-        """Rearrange the parameters, once somebody trains or acts."""
+    def attach(self) -> None:
+        """Move parameters into flat storage, once. Call before anyone stores a view of a parameter."""
+        if self._flat is not None:
+            return
         policy = self.policy
         flat = FlatParameters(policy)
         self._online = DenseNetwork(list(policy.q_net.q_net), trains=True)
         self._target = DenseNetwork(list(policy.q_net_target.q_net), trains=False)
-        self._inputs = make_inputs(policy)
-        self._learner: Learner = make_learner(self._online, self._target, self._inputs, policy.head, self.objective)
+        self._preprocess = make_preprocessor(policy)
+        self._learner: Learner = make_learner(self._online, self._target, self._preprocess, policy.head, self.objective)
         self._flat = flat
 
-    def attach(self) -> None:
-        """Rearrange the parameters, before somebody takes views of them that are to last."""
-        if self._flat is None:
-            self._attach()
-
     def is_stale(self) -> bool:
-        """Whether somebody changed the policy in a way that this engine must be made anew for."""
+        """Return True if the policy was modified such that a new engine must be created."""
         if self._flat is None:
             return dense_unsupported_reason(self.policy) is not None
         return self._flat.is_stale() or torch_mode_reason("cpu") is not None
 
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
-        """Take some gradient steps.
+        """Take gradient steps.
 
-        :param source: gives the batch of each step, and takes the priorities of its transitions
-        :param gradient_steps: how many
-        :param max_grad_norm: the gradient of a step is scaled down to this norm
+        :param source: returns the mini-batch of each step, and gets the priorities of its transitions
+        :param gradient_steps: number of gradient steps
+        :param max_grad_norm: maximum norm of the gradient of a step
         :return: the mean loss of each step
         """
         self.attach()
         assert self._flat is not None
-        self._flat.begin_steps()
+        self._flat.prepare_steps()
         batch_size = source.batch_size
-        # With noise, the target network is another one in each step
+        # Noise differs in each step, and with it the target network
         can_prefetch = source.can_prefetch and not self._online.noisy
-        rows_at_once = min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // (4 * self._online.n_inputs))
-        at_once = max(1, rows_at_once // batch_size) if can_prefetch else 1
+        max_rows = min(_MAX_TARGET_ROWS, _MAX_TARGET_BYTES // (4 * self._online.n_inputs))
+        n_prefetched = max(1, max_rows // batch_size) if can_prefetch else 1
         losses: list[float] = []
-        for begin in range(0, gradient_steps, at_once):
-            n_batches = min(at_once, gradient_steps - begin)
-            batches = source.sample_arrays(n_batches)  # perhaps by code of users, which may be as loud as it likes
-            with np.errstate(all="ignore"):  # training that diverges is as silent as in PyTorch
+        for begin in range(0, gradient_steps, n_prefetched):
+            n_batches = min(n_prefetched, gradient_steps - begin)
+            batches = source.sample_arrays(n_batches)  # outside of errstate: a user's buffer keeps its own settings
+            with np.errstate(all="ignore"):  # diverging training is silent, as in PyTorch
                 for loss, priorities in self._updates(batches, n_batches, max_grad_norm):
                     losses.append(loss)
                     if not can_prefetch:
                         source.update_priorities(batches, priorities)
         if losses:
-            self.last_update = LastUpdate(self.policy.head, *self._learner.last(), self._norm)
+            self.last_update = LastUpdate(self.policy.head, *self._learner.last_prediction(), self._grad_norm)
         return losses
 
     def _updates(self, batches: ArrayBatch, n_batches: int, max_grad_norm: float) -> Iterator[tuple[float, th.Tensor]]:
-        """Take a step for each batch; give its loss, and the priorities of its transitions."""
+        """Take a step for each mini-batch; yield its loss, and the priorities of its transitions."""
         flat, learner, rows = self._flat, self._learner, len(batches.actions)
         assert flat is not None
         self._online.draw_noise(rows, trains=True)
         self._target.draw_noise(rows, trains=False)
         learner.prepare(batches, n_batches)
-        for number in range(n_batches):
-            found = learner.backward(number)
-            self._norm = self._clip(max_grad_norm)
+        for index in range(n_batches):
+            loss_and_priorities = learner.backward(index)
+            self._grad_norm = self._clip_gradient(max_grad_norm)
             flat.adam_step()
-            yield found
+            yield loss_and_priorities
 
-    def _clip(self, max_norm: float) -> float:
+    def _clip_gradient(self, max_norm: float) -> float:
+        """Clip the gradient as ``clip_grad_norm_`` does; return the norm before."""
         assert self._flat is not None
         gradient = self._flat.gradient.array
         norm = math.sqrt(np.dot(gradient, gradient))
         coefficient = max_norm / (norm + 1e-6)
-        if not coefficient >= 1:  # also if it is no number
+        if not coefficient >= 1:  # also if it is NaN
             np.multiply(gradient, np.float32(coefficient), gradient)
         return norm
 
     def act(self, observation: Any, envs: Any = None) -> Any:
-        """Greedy actions, with noise in noisy layers.
+        """Return greedy actions, with noise in noisy layers.
 
         :param observation: ``(B, ...)``, or a dict of such arrays
-        :param envs: the rows that are wanted, ``(N,)``; ``None`` for all
+        :param envs: indices of the rows to act for, ``(N,)``; ``None`` for all
         :return: ``(N,)``
         """
         self.attach()
-        online, inputs = self._online, self._inputs(observation)
+        online, inputs = self._online, self._preprocess(observation)
         with np.errstate(all="ignore"):
             if online.noisy:
                 online.draw_noise(len(inputs), trains=False)
-            # Of all rows: memory for another size takes longer to find than the few rows to compute
-            actions = self._learner.greedy(online.passing(len(inputs), online.noisy).forward(inputs))
+            # All rows: allocating a pass for another number of rows takes longer than computing the few extra rows
+            actions = self._learner.greedy_actions(online.pass_for(len(inputs), online.noisy).forward(inputs))
         return actions if envs is None else actions[envs]
 
     def update_target(self, tau: float) -> None:
-        """Let the target network follow.
+        """Update the target network.
 
-        :param tau: how far; 1 copies the online network
+        :param tau: interpolation factor of the Polyak update; 1 copies the online network
         """
         self.attach()
         assert self._flat is not None

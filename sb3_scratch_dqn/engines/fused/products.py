@@ -1,12 +1,12 @@
 """Matrix products: which library computes one fastest.
 
-Small products cost what a call costs, and NumPy's calls cost least. Larger ones go to PyTorch, whose number of threads
-the user sets. There oneDNN may be faster than what ``torch.mm`` calls, or slower, depending on the processor; both are
-timed once for each shape, and oneDNN is taken where it is clearly faster. That choice changes no more than rounding;
-``torch.use_deterministic_algorithms(True)`` leaves it out.
+The time of small products is the overhead of a call, which is smallest in NumPy. Larger products go to PyTorch, whose
+number of threads the user sets. There oneDNN may be faster or slower than ``torch.mm``, depending on the processor;
+both are timed once per shape, and oneDNN is used where it is clearly faster. That choice changes results by rounding
+only; ``torch.use_deterministic_algorithms(True)`` excludes oneDNN.
 
-For a layer with inputs ``x`` ``(B, K)``, weights ``w`` ``(N, K)`` and gradient ``g`` ``(B, N)`` there are three of
-them: its outputs ``x w^T``, the gradient of its weights ``g^T x``, and that of its inputs ``g w``.
+A layer with inputs ``x`` ``(B, K)``, weights ``w`` ``(N, K)`` and gradient ``g`` ``(B, N)`` needs three products: its
+outputs ``x w^T``, the gradient of its weights ``g^T x``, and the gradient of its inputs ``g w``.
 """
 
 import time
@@ -18,44 +18,46 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-# Multiplications up to which NumPy is taken. OpenBLAS, which NumPy mostly comes with, uses one thread up to there.
-_SMALL = 2**18
+# Multiplications up to which NumPy computes a product: beyond, the overhead of a call no longer matters. Up to there
+# OpenBLAS, which NumPy is usually built with, uses one thread, whatever number of threads the user sets
+_NUMPY_MAX_MULTIPLICATIONS = 2**18
 
-# How much faster oneDNN must be to be taken
-_MARGIN = 0.8
+# oneDNN is used where it takes at most this share of torch.mm's time. Two timings of the same product differ by some
+# percent, and a gain that small would make the choice depend on chance
+_ONEDNN_MAX_TIME_RATIO = 0.8
 
 Floats = npt.NDArray[np.float32]
 
 
-class Both(NamedTuple):
-    """The same memory for two libraries."""
+class NumpyTensor(NamedTuple):
+    """A NumPy array and a tensor of the same memory."""
 
     array: Floats
     tensor: th.Tensor
 
 
-def both(tensor: th.Tensor) -> Both:
-    """Show a tensor to both libraries."""
-    return Both(tensor.numpy(), tensor)
+def numpy_tensor(tensor: th.Tensor) -> NumpyTensor:
+    """Return a tensor together with a NumPy array of the same memory."""
+    return NumpyTensor(tensor.numpy(), tensor)
 
 
-def empty(*shape: int) -> Both:
-    """Memory with nothing in it yet."""
-    return both(th.empty(shape, dtype=th.float32))
+def empty(*shape: int) -> NumpyTensor:
+    """Allocate uninitialised memory."""
+    return numpy_tensor(th.empty(shape, dtype=th.float32))
 
 
-# A call that is made over and over with the same arguments
+# A function and its arguments, to be called repeatedly
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 # (left, right, out) -> the call that writes the product
-Product = Callable[[Both, Both, Both], Call]
+Product = Callable[[NumpyTensor, NumpyTensor, NumpyTensor], Call]
 
 # (x, w, bias, out) -> the calls that write the product and add the bias
-Outputs = Callable[[Both, Both, Both, Both], list[Call]]
+Outputs = Callable[[NumpyTensor, NumpyTensor, NumpyTensor, NumpyTensor], list[Call]]
 
 
 def run(calls: list[Call]) -> None:
-    """Make some calls."""
+    """Make the calls."""
     for function, arguments in calls:
         function(*arguments)
 
@@ -68,18 +70,20 @@ class Products(NamedTuple):
     input_gradient: Product
 
 
-def _add(bias: Both, out: Both) -> Call:
+def _add_bias(bias: NumpyTensor, out: NumpyTensor) -> Call:
     return np.add, (out.array, bias.array, out.array)
 
 
 NUMPY = Products(
-    lambda x, w, b, out: [(np.dot, (x.array, w.array.T, out.array)), _add(b, out)],
+    lambda x, w, b, out: [(np.dot, (x.array, w.array.T, out.array)), _add_bias(b, out)],
     lambda g, x, out: (np.dot, (g.array.T, x.array, out.array)),
     lambda g, w, out: (np.dot, (g.array, w.array, out.array)),
 )
 
-# A product of one row is one with a vector, for which NumPy has a shorter way
-NUMPY_ROW = NUMPY._replace(outputs=lambda x, w, b, out: [(np.dot, (w.array, x.array[0], out.array[0])), _add(b, out)])
+# A product of one row is a product of matrix and vector, which has less overhead in NumPy
+NUMPY_ROW = NUMPY._replace(
+    outputs=lambda x, w, b, out: [(np.dot, (w.array, x.array[0], out.array[0])), _add_bias(b, out)]
+)
 
 TORCH = Products(
     lambda x, w, b, out: [(partial(th.addmm, out=out.tensor), (b.tensor, x.tensor, w.tensor.t()))],
@@ -100,22 +104,22 @@ ONEDNN = Products(
 
 
 def products_for(rows: int, n_inputs: int, n_outputs: int) -> Products:
-    """The fastest products for a layer.
+    """Return the fastest products for a layer.
 
     :param rows: ``B``
     :param n_inputs: ``K``
     :param n_outputs: ``N``
     """
-    if rows * n_inputs * n_outputs <= _SMALL:
+    if rows * n_inputs * n_outputs <= _NUMPY_MAX_MULTIPLICATIONS:
         return NUMPY_ROW if rows == 1 else NUMPY
     if th.are_deterministic_algorithms_enabled() or not _has_onednn():
         return TORCH
-    return _timed(rows, n_inputs, n_outputs, th.get_num_threads())
+    return _fastest_by_timing(rows, n_inputs, n_outputs, th.get_num_threads())
 
 
 @lru_cache(maxsize=1)
 def _has_onednn() -> bool:
-    """Whether the way to oneDNN, which PyTorch does not document, is there and computes what it should."""
+    """Return True if the undocumented oneDNN operator exists and computes the right product."""
     x, w = (th.arange(3 * rows, dtype=th.float32).view(rows, 3) for rows in (2, 4))
     out = th.empty(2, 4, dtype=th.float32)
     try:
@@ -126,25 +130,31 @@ def _has_onednn() -> bool:
 
 
 @lru_cache(maxsize=256)
-def _timed(rows: int, n_inputs: int, n_outputs: int, _threads: int) -> Products:
-    # Not the global generator, whose numbers are for training
+def _fastest_by_timing(rows: int, n_inputs: int, n_outputs: int, _threads: int) -> Products:
+    """Time ``torch.mm`` and oneDNN for each of the three products; choose oneDNN where it is clearly faster."""
+    # A generator of its own: training draws from the global one
     random = partial(th.rand, dtype=th.float32, generator=th.Generator().manual_seed(0))
-    x, w, b = (both(random(shape)) for shape in ((rows, n_inputs), (n_outputs, n_inputs), (n_outputs,)))
-    g, to_w, to_x = (empty(*shape) for shape in ((rows, n_outputs), (n_outputs, n_inputs), (rows, n_inputs)))
+    x, w, b = (numpy_tensor(random(shape)) for shape in ((rows, n_inputs), (n_outputs, n_inputs), (n_outputs,)))
+    g, w_gradient, x_gradient = (
+        empty(*shape) for shape in ((rows, n_outputs), (n_outputs, n_inputs), (rows, n_inputs))
+    )
 
     def calls(products: Products) -> list[list[Call]]:
-        gradients = [products.weight_gradient(g, x, to_w)], [products.input_gradient(g, w, to_x)]
+        gradients = [products.weight_gradient(g, x, w_gradient)], [products.input_gradient(g, w, x_gradient)]
         return [products.outputs(x, w, b, g), *gradients]
 
     chosen: list[Any] = []
-    for plain, other, ways in zip(TORCH, ONEDNN, zip(calls(TORCH), calls(ONEDNN), strict=True), strict=True):
+    for torch_product, onednn_product, candidates in zip(
+        TORCH, ONEDNN, zip(calls(TORCH), calls(ONEDNN), strict=True), strict=True
+    ):
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(9):
-            for way, taken in zip(ways, times, strict=True):
+            for candidate, seconds in zip(candidates, times, strict=True):
                 begin = time.perf_counter()
-                run(way)
-                taken.append(time.perf_counter() - begin)
-        # The first ones prepare things
-        own, others = (min(taken[2:]) for taken in times)
-        chosen.append(other if others < _MARGIN * own else plain)
+                run(candidate)
+                seconds.append(time.perf_counter() - begin)
+        # Without the first two, which include initialisation
+        torch_seconds, onednn_seconds = (min(seconds[2:]) for seconds in times)
+        is_faster = onednn_seconds < _ONEDNN_MAX_TIME_RATIO * torch_seconds
+        chosen.append(onednn_product if is_faster else torch_product)
     return Products(*chosen)

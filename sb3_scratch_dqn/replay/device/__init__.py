@@ -1,1 +1,7 @@
-"""A copy of a replay buffer's transitions on a GPU, read by recorded updates."""
+"""A copy of a replay buffer and its priorities on a GPU, which captured updates read."""
+
+from sb3_scratch_dqn.replay.device.buffer import DeviceReplay
+from sb3_scratch_dqn.replay.device.ring import StagingBuffer
+from sb3_scratch_dqn.replay.device.tree import DevicePriorities
+
+__all__ = ["DevicePriorities", "DeviceReplay", "StagingBuffer"]

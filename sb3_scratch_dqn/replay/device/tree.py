@@ -1,8 +1,9 @@
-"""The priorities of a sampler on another device, where updates choose by them and change them without the host.
+"""Priorities on another device, where updates sample by them and set them without the host.
 
-:class:`DeviceSumTree` is the twin of :class:`~sb3_scratch_dqn.replay.sum_tree.SumTree`. Given the same values and the
-same parts of their total it finds the same indices; where a part falls between two values to the last bit, rounding may
-choose the other one. Nothing in it depends on values in its shape, or waits for the host.
+:class:`DeviceSumTree` is the counterpart of :class:`~sb3_scratch_dqn.replay.sum_tree.SumTree`. Given the same values
+and fractions it finds the same indices, except that rounding may choose the neighbour of a value whose boundary a
+fraction hits within rounding error. No shape depends on values and nothing waits for the host, so that a CUDA graph can
+capture it.
 """
 
 from collections.abc import Callable
@@ -10,33 +11,33 @@ from collections.abc import Callable
 import numpy as np
 import torch as th
 
-from sb3_scratch_dqn.replay.device.ring import Outbox
+from sb3_scratch_dqn.replay.device.ring import StagingBuffer
 from sb3_scratch_dqn.replay.observations import Array
-from sb3_scratch_dqn.replay.samplers import PrioritizedSampler, importance_weights, value_of
+from sb3_scratch_dqn.replay.samplers import PrioritizedSampler, importance_weights, scaled_priorities
 
-# Children of a node: a million values take four levels
+# Number of children of a node: a million values take four levels
 WIDTH = 32
 
-# New rows whose values are written at once
-_ROWS_AT_ONCE = 16
+# Number of new rows whose values one call writes
+_ROWS_PER_WRITE = 16
 
 
 class DeviceSumTree:
-    """Values that are not negative, and their sums, all 0 to begin with.
+    """Non-negative values and their sums; initially all values are 0.
 
-    :param size: the number of values
-    :param device: where they lie
+    :param size: number of values
+    :param device: device of the values
     """
 
     def __init__(self, size: int, device: th.device) -> None:
         self.size = size
-        # From the values up to a single node; each level is (parents, WIDTH), one row for each sum above it
+        # From the values to a single node; each level is (parents, WIDTH), one row for each sum above it
         self.levels: list[th.Tensor] = []
         while not self.levels or len(self.levels[-1]) > 1:
             nodes = len(self.levels[-1]) if self.levels else size
             self.levels.append(th.zeros((-(-nodes // WIDTH), WIDTH), dtype=th.float64, device=device))
         self._positions = th.arange(WIDTH, device=device)
-        self._until = (self._positions <= self._positions.unsqueeze(1)).double()  # (WIDTH, WIDTH)
+        self._prefix_mask = (self._positions <= self._positions.unsqueeze(1)).double()  # (WIDTH, WIDTH)
 
     @property
     def values(self) -> th.Tensor:
@@ -44,14 +45,14 @@ class DeviceSumTree:
         return self.levels[0].view(-1)[: self.size]
 
     def fill(self, values: Array) -> None:
-        """Set the first values, and all others to 0."""
+        """Set the first ``len(values)`` values, and all others to 0."""
         self.values.zero_()
         self.values[: len(values)].copy_(th.from_numpy(values))
         for children, parents in zip(self.levels, self.levels[1:], strict=False):
             parents.view(-1)[: len(children)].copy_(children.sum(dim=1))
 
     def set(self, indices: th.Tensor, values: th.Tensor) -> None:
-        """Set some values; where an index comes twice, both values must be the same.
+        """Set values; if an index occurs twice, both values must be equal.
 
         :param indices: ``(B,)``
         :param values: ``(B,)``
@@ -61,18 +62,18 @@ class DeviceSumTree:
             indices = indices // WIDTH
             parents.view(-1).index_copy_(0, indices, children.index_select(0, indices).sum(dim=1))
 
-    def find(self, parts: th.Tensor) -> th.Tensor:
-        """Find the index at which the running sum of the values first exceeds a part of the total.
+    def find(self, fractions: th.Tensor) -> th.Tensor:
+        """Return the indices at which the running sum of the values first exceeds fractions of the total.
 
-        :param parts: ``(B,)``, each from 0 to 1, in ascending order
+        :param fractions: ``(B,)``, each from 0 to 1, in ascending order
         :return: ``(B,)``, in ascending order, never the index of a value of 0
         """
-        nodes = th.zeros_like(parts, dtype=th.int64)
-        sums = parts * self._running(self.levels[-1])[0, -1]
+        nodes = th.zeros_like(fractions, dtype=th.int64)
+        sums = fractions * self._running_sums(self.levels[-1])[0, -1]
         for level in reversed(self.levels):
             children = level.index_select(0, nodes)  # (B, WIDTH)
-            running = self._running(children)
-            # A node's sum and that of its children may differ by rounding: what lies beyond belongs to the last of them
+            running = self._running_sums(children)
+            # A node's sum and that of its children may differ by rounding: sums beyond it go to the last child
             total = running[:, -1]
             sums = th.minimum(sums, total.nextafter(th.zeros_like(total)))
             found = (running > sums.unsqueeze(1)).to(th.uint8).argmax(dim=1)
@@ -80,99 +81,101 @@ class DeviceSumTree:
             nodes = nodes * WIDTH + found
         return nodes
 
-    def _running(self, children: th.Tensor) -> th.Tensor:
-        """Running sums of each row, ``(B, WIDTH)``.
+    def _running_sums(self, children: th.Tensor) -> th.Tensor:
+        """Return the running sums of each row, ``(B, WIDTH)``.
 
-        Each is summed up in the same order, as that of a running sum by many threads is not. So a value of 0 lifts
-        nothing, not even by rounding, and the result is the same each time.
+        All sums of a row add up in the same order, unlike a parallel ``cumsum``. So a value of 0 does not change the
+        running sum, not even by rounding, and the result is deterministic.
         """
-        return (children.unsqueeze(1) * self._until).sum(dim=2)
+        return (children.unsqueeze(1) * self._prefix_mask).sum(dim=2)
 
 
 class DevicePriorities:
-    """What a :class:`PrioritizedSampler` knows, for as long as it lends it.
+    """The priorities of a :class:`PrioritizedSampler` on a device, while this object owns them.
 
-    :param rows: of the buffer
+    :param rows: number of rows of the buffer
     :param n_envs: number of environments
-    :param vacates: whether the row that follows a new one loses its transitions, as with shared observations
-    :param device: where the priorities are to lie
+    :param clears_next_row: True if a write invalidates the transitions of the following row, as with
+        ``optimize_memory_usage``
+    :param device: device of the priorities
     """
 
-    def __init__(self, rows: int, n_envs: int, vacates: bool, device: th.device) -> None:
+    def __init__(self, rows: int, n_envs: int, clears_next_row: bool, device: th.device) -> None:
         self.tree = DeviceSumTree(rows * n_envs, device)
         self.max_value = th.ones((), dtype=th.float64, device=device)
-        self.diverged = th.zeros((), dtype=th.bool, device=device)  # whether a priority was no number
-        self.play: Callable[[], object] = self.write  # or a recording of it
-        self._n_envs, self._vacates = n_envs, vacates
-        self._used = 0  # values that may be other than 0
+        self.diverged = th.zeros((), dtype=th.bool, device=device)  # True after a priority was not finite
+        self.run_write_staged: Callable[[], object] = self.write_staged  # or the replay of a CUDA graph of it
+        self._n_envs, self._clears_next_row = n_envs, clears_next_row
+        self._used = 0  # number of values that may differ from 0
         self._new_rows: list[int] = []
-        size = _ROWS_AT_ONCE * n_envs
-        self._outbox = Outbox((size,), th.int64, device)
-        self._new_places = th.zeros(size, dtype=th.int64, device=device)
+        size = _ROWS_PER_WRITE * n_envs
+        self._staging = StagingBuffer((size,), th.int64, device)
+        self._new_indices = th.zeros(size, dtype=th.int64, device=device)
 
-    def follow(self, sampler: PrioritizedSampler) -> None:
-        """Know what the sampler knows: borrow its priorities, or give new transitions the largest one."""
-        if sampler.is_lent_to(self):
+    def sync(self, sampler: PrioritizedSampler) -> None:
+        """Take over the priorities of a sampler; if already owned, set those of new transitions to the largest."""
+        if sampler.is_owned_by(self):
             self._write_new_rows()
             return
-        values, max_value = sampler.lend(self)
+        values, max_value = sampler.transfer_to(self)
         self._new_rows = []
         self._used = min(len(values), self.tree.size)
         self.tree.fill(values[: self._used])
         self.max_value.fill_(max_value)
 
-    def written(self, row: int) -> None:
-        """New transitions have come into ``row``."""
+    def on_write(self, row: int) -> None:
+        """Handle new transitions in ``row``."""
         self._new_rows.append(row)
 
-    def give_back(self) -> tuple[Array, float]:
-        """All values, float64, and the largest of them ever."""
+    def release(self) -> tuple[Array, float]:
+        """Return all values, float64, and the largest value so far, to the sampler."""
         self._write_new_rows()
         return self.tree.values[: self._used].cpu().numpy(), self.max_value.item()
 
     def _write_new_rows(self) -> None:
         rows, self._new_rows = self._new_rows, []
-        for begin in range(0, len(rows), _ROWS_AT_ONCE):
-            some = rows[begin : begin + _ROWS_AT_ONCE]
-            some += some[-1:] * (_ROWS_AT_ONCE - len(some))  # always as many; the last one again is nothing new
-            places = np.add.outer(np.array(some) * self._n_envs, np.arange(self._n_envs)).reshape(-1)
-            self._outbox.open()[:] = places
-            self._outbox.send(self._new_places)
-            self.play()
-            self._used = min(max(self._used, int(places.max()) + 1 + self._vacates * self._n_envs), self.tree.size)
+        for begin in range(0, len(rows), _ROWS_PER_WRITE):
+            chunk = rows[begin : begin + _ROWS_PER_WRITE]
+            chunk += chunk[-1:] * (_ROWS_PER_WRITE - len(chunk))  # pad to a fixed size by repeating the last row
+            indices = np.add.outer(np.array(chunk) * self._n_envs, np.arange(self._n_envs)).reshape(-1)
+            self._staging.acquire()[:] = indices
+            self._staging.copy_to(self._new_indices)
+            self.run_write_staged()
+            end = int(indices.max()) + 1 + self._clears_next_row * self._n_envs
+            self._used = min(max(self._used, end), self.tree.size)
 
-    def write(self) -> None:
-        """Give new transitions the largest priority; can be recorded."""
-        places = self._new_places
-        self.tree.set(places, self.max_value.expand(len(places)))
-        if self._vacates:
-            # What an earlier row vacates, the next one fills
-            gone = (places[-self._n_envs :] + self._n_envs) % self.tree.size
-            self.tree.set(gone, th.zeros_like(gone, dtype=th.float64))
+    def write_staged(self) -> None:
+        """Set the priorities of the staged rows to the largest so far; can be captured by a CUDA graph."""
+        indices = self._new_indices
+        self.tree.set(indices, self.max_value.expand(len(indices)))
+        if self._clears_next_row:
+            # Only after the last staged row: the next staged row follows each of the others
+            cleared = (indices[-self._n_envs :] + self._n_envs) % self.tree.size
+            self.tree.set(cleared, th.zeros_like(cleared, dtype=th.float64))
 
-    def draw(self, parts: th.Tensor, beta: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """Choose transitions.
+    def draw(self, fractions: th.Tensor, beta: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """Sample transitions.
 
-        :param parts: as :meth:`PrioritizedSampler.draw_parts` gives them, ``(B,)``
-        :param beta: how much of the bias the weights undo
-        :return: their places, ``row * n_envs + env``, and their weights, each ``(B,)``
+        :param fractions: fractions from :meth:`PrioritizedSampler.draw_fractions`, ``(B,)``
+        :param beta: exponent of the importance weights
+        :return: flat indices ``row * n_envs + env`` and importance weights, each ``(B,)``
         """
-        places = self.tree.find(parts)
-        weights = importance_weights(self.tree.values.index_select(0, places), beta)
-        return places, weights.float()
+        indices = self.tree.find(fractions)
+        weights = importance_weights(self.tree.values.index_select(0, indices), beta)
+        return indices, weights.float()
 
-    def update(self, places: th.Tensor, priorities: th.Tensor, epsilon: th.Tensor, alpha: th.Tensor) -> None:
-        """Remember the priorities of some transitions; if one is no number, only that there was one.
+    def update(self, indices: th.Tensor, priorities: th.Tensor, epsilon: th.Tensor, alpha: th.Tensor) -> None:
+        """Set the priorities of transitions; if one is not finite, set only ``diverged``.
 
-        :param places: as :meth:`draw` gave them, ``(B,)``
+        :param indices: flat indices from :meth:`draw`, ``(B,)``
         :param priorities: ``(B,)``
-        :param epsilon: of the sampler
-        :param alpha: likewise
+        :param epsilon: ``epsilon`` of the sampler
+        :param alpha: ``alpha`` of the sampler
         """
-        values = value_of(priorities.double(), epsilon, alpha)
+        values = scaled_priorities(priorities.double(), epsilon, alpha)
         bad = ~values.isfinite().all()
         self.diverged.logical_or_(bad)
         self.max_value.copy_(th.where(bad, self.max_value, th.maximum(self.max_value, values.max())))
-        # Of a transition that comes twice the last priority counts
-        values = values.index_select(0, th.searchsorted(places, places, right=True) - 1)
-        self.tree.set(places, th.where(bad, self.tree.values.index_select(0, places), values))
+        # If a transition occurs twice, its last priority counts; ``indices`` are ascending
+        values = values.index_select(0, th.searchsorted(indices, indices, right=True) - 1)
+        self.tree.set(indices, th.where(bad, self.tree.values.index_select(0, indices), values))

@@ -1,4 +1,4 @@
-"""The fused engine computes what the eager one does, up to rounding, and says what it cannot serve."""
+"""The fused engine computes what the eager engine computes, up to rounding, and names what it does not support."""
 
 import pickle
 from copy import deepcopy
@@ -6,23 +6,23 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch as th
+from cuda_cases import assert_close, distance
+from fused_cases import CASES, SETTINGS, LargerImageEnv, make
 from helpers import DictEnv, TimeoutEnv, assert_equal
-from recorded import assert_close, distance
-from served import SERVED, SETTINGS, LargerImageEnv, make
 from torch import nn
 
 from sb3_scratch_dqn import DQNPolicy, ScratchDQN
 from sb3_scratch_dqn.engines.fused import products
-from sb3_scratch_dqn.engines.fused.flat import _NOTHING
+from sb3_scratch_dqn.engines.fused.flat import _FLUSH_THRESHOLD
 from sb3_scratch_dqn.networks.q_network import QNetwork
 
-# The support of C51 is narrow here, so that its ends are met
+# The support of C51 is narrow here, so that targets reach its ends
 pytestmark = pytest.mark.filterwarnings("ignore:head_kwargs=dict:UserWarning")
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("gradient_steps", [1, 4])
-def test_fifty_updates_agree(name, gradient_steps):
+def test_fifty_updates_match_the_eager_engine(name, gradient_steps):
     def learn(engine):
         model = make(name, engine, gradient_steps=gradient_steps)
         steps = 4 * 52 // gradient_steps  # calls of env.step()
@@ -31,14 +31,14 @@ def test_fifty_updates_agree(name, gradient_steps):
     eager, fused, before = learn("eager"), learn("fused"), make(name, "eager")
     assert fused._engine.name == "fused"
     assert fused._n_updates == eager._n_updates >= 50
-    assert distance(before, eager) > 1e-3, "the comparison needs updates that change something"
+    assert distance(before, eager) > 1e-3, "the comparison needs updates that change the parameters"
     assert_close(eager, fused)
     # The same actions were taken, and the same transitions sampled
     assert_equal(eager.replay_buffer.actions, fused.replay_buffer.actions)
 
 
 @pytest.mark.parametrize("name", ["defaults", "double", "quantile", "prioritized"])
-def test_many_gradient_steps_at_once_agree(name):
+def test_many_gradient_steps_per_call_match_the_eager_engine(name):
     settings = {"gradient_steps": 128, "train_freq": 64, "learning_rate": 1e-3}
     eager, fused = (make(name, engine, **settings).learn(128) for engine in ("eager", "fused"))
     assert fused._n_updates == eager._n_updates == 256
@@ -46,7 +46,7 @@ def test_many_gradient_steps_at_once_agree(name):
 
 
 @pytest.mark.parametrize("name", ["defaults", "noisy", "rainbow", "several environments"])
-def test_both_draw_the_same_random_numbers(name):
+def test_the_same_random_numbers_are_drawn(name):
     states = []
     for engine in ("eager", "fused"):
         make(name, engine, gradient_steps=3).learn(100)
@@ -55,7 +55,7 @@ def test_both_draw_the_same_random_numbers(name):
 
 
 @pytest.mark.parametrize("name", ["defaults", "rainbow"])
-def test_engines_can_be_switched_and_models_saved_and_loaded_in_the_middle(name, tmp_path):
+def test_engines_can_be_switched_and_models_saved_and_loaded_during_training(name, tmp_path):
     def learn(engines):
         model = make(name, engines[0]).learn(100)
         model.engine = engines[1]
@@ -75,7 +75,7 @@ def test_engines_can_be_switched_and_models_saved_and_loaded_in_the_middle(name,
     assert_close(whole, learn(["eager", "fused", "eager"]), bound=1e-4)
 
 
-def test_a_loaded_model_trains_what_it_acts_by():
+def test_loaded_parameters_are_used_for_acting_and_training():
     model = make("defaults", "fused").learn(100)
     other = make("defaults", "fused", seed=5).learn(100)
     model.set_parameters(other.get_parameters())
@@ -91,7 +91,7 @@ def test_a_loaded_model_trains_what_it_acts_by():
     assert model.policy.optimizer.state_dict()["state"][0]["step"] == other._n_updates
 
 
-def test_memory_that_somebody_else_puts_in_place_is_used():
+def test_replaced_memory_of_parameters_is_used():
     model = make("defaults", "fused").learn(100)
     with th.no_grad():
         for parameter in model.q_net.parameters():
@@ -101,7 +101,7 @@ def test_memory_that_somebody_else_puts_in_place_is_used():
     assert 0 < largest < 0.01
 
 
-def test_weights_that_a_callback_writes_are_read():
+def test_weights_written_by_a_callback_are_used():
     model = make("defaults", "fused").learn(100)
     with th.no_grad():
         model.q_net.q_net[4].weight.zero_()
@@ -110,13 +110,13 @@ def test_weights_that_a_callback_writes_are_read():
     assert model.predict(np.zeros(3, np.float32), deterministic=True)[0] == 1
 
 
-def test_gradients_are_left_where_autograd_leaves_them():
+def test_grad_is_the_gradient_as_after_autograd():
     fused, eager = (make("defaults", engine).learn(44) for engine in ("fused", "eager"))
-    for one, another in zip(fused.q_net.parameters(), eager.q_net.parameters(), strict=True):
-        th.testing.assert_close(one.grad, another.grad, rtol=1e-4, atol=1e-6)
+    for a, b in zip(fused.q_net.parameters(), eager.q_net.parameters(), strict=True):
+        th.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_a_network_of_which_a_part_was_trained_alone_goes_on():
+def test_training_continues_with_different_step_counts_per_parameter():
     models = [make("defaults", engine).learn(60) for engine in ("eager", "fused")]
     for model in models:
         state = model.policy.optimizer.state_dict()
@@ -129,14 +129,14 @@ def test_a_network_of_which_a_part_was_trained_alone_goes_on():
     assert models[1].policy.optimizer.state_dict()["state"][0]["step"] == 30
 
 
-def test_averages_that_are_too_small_to_matter_become_zero():
+def test_averages_too_small_to_matter_become_zero():
     model = make("defaults", "fused").learn(60)
     averages = [state["exp_avg"] for state in model.policy.optimizer.state.values()]
-    averages[0][0, 0] = _NOTHING / 2
-    averages[0][1, 0] = -2 * _NOTHING
+    averages[0][0, 0] = _FLUSH_THRESHOLD / 2
+    averages[0][1, 0] = -2 * _FLUSH_THRESHOLD
     model._engine._flat._flush()
     assert averages[0][0, 0] == 0
-    assert averages[0][1, 0] == np.float32(-2 * _NOTHING)
+    assert averages[0][1, 0] == np.float32(-2 * _FLUSH_THRESHOLD)
 
 
 class OwnNetwork(QNetwork):
@@ -149,7 +149,7 @@ class OwnPolicy(DQNPolicy):
         return OwnNetwork(**self._update_features_extractor(self.net_args))
 
 
-# Policy, environment, arguments of the policy, and what keeps gradients from being computed by hand
+# Policy, environment, policy_kwargs, and why gradients are not computed by hand
 BY_AUTOGRAD = {
     "images": ("CnnPolicy", LargerImageEnv, {}, "features_extractor_class=NatureCNN does more than flatten"),
     "dict": ("MultiInputPolicy", DictEnv, {}, "features_extractor_class=CombinedExtractor does more than flatten"),
@@ -162,19 +162,18 @@ BY_AUTOGRAD = {
 
 
 @pytest.mark.parametrize("name", BY_AUTOGRAD)
-def test_what_is_not_served_by_hand_is_served_by_autograd_and_agrees(name, capsys):
+def test_other_networks_are_trained_by_autograd_and_match_the_eager_engine(name, capsys):
     policy, env, policy_kwargs, reason = BY_AUTOGRAD[name]
     policy_kwargs = {"optimizer_kwargs": {"eps": 1e-4}, **policy_kwargs}
     settings = {**SETTINGS, "buffer_size": 100, "gradient_steps": 2, "policy_kwargs": policy_kwargs, "verbose": 1}
-    # Random actions, so that both learn from the same batches: rounding may turn a greedy one, on some processors
+    # Random actions, so that both sample the same batches: on some processors rounding may change a greedy action
     settings["exploration_final_eps"] = 1.0
     eager, fused = (ScratchDQN(policy, env(), engine=engine, **settings).learn(140) for engine in ("eager", "auto"))
-    assert (
-        f"Using the fused engine with autograd, as the fused engine cannot serve: {reason}" in capsys.readouterr().out
-    )
+    because = f"because the fused engine does not support this configuration: {reason}"
+    assert f"Using the fused engine with autograd, {because}" in capsys.readouterr().out
     assert fused._n_updates == eager._n_updates == 50
     assert_close(eager, fused, bound=1e-4)
-    # Afterwards everything lies where the eager engine expects it
+    # Training leaves no setting behind that the eager engine does not expect
     assert not vars(fused.q_net).keys() & {"image_format"}
     assert not fused.policy.optimizer.param_groups[0]["fused"]
     loaded_state = fused.policy.optimizer.state_dict()
@@ -189,32 +188,32 @@ def test_what_is_not_served_by_hand_is_served_by_autograd_and_agrees(name, capsy
         ({"optimizer_kwargs": {"differentiable": True}}, "Adam has differentiable=True"),
     ],
 )
-def test_what_the_fused_engine_cannot_serve_is_refused_with_the_reason(policy_kwargs, reason, capsys):
+def test_an_unsupported_configuration_raises_an_error_with_the_reason(policy_kwargs, reason, capsys):
     with pytest.raises(
-        ValueError, match=r"engine='fused' cannot be used here: .*; engine='auto' takes one that can serve"
-    ) as refusal:
+        ValueError, match=r"engine='fused' cannot be used here: .*; engine='auto' selects one that does"
+    ) as error:
         ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs=policy_kwargs, engine="fused")
-    assert reason in str(refusal.value)
+    assert reason in str(error.value)
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs=policy_kwargs, verbose=1)
     assert model._engine.name == "eager"
-    said = capsys.readouterr().out
-    assert said.count("Using the eager engine, as") == 1
-    assert reason in said
+    output = capsys.readouterr().out
+    assert output.count("Using the eager engine, because") == 1
+    assert reason in output
 
 
-def test_the_engine_is_told_once_and_with_the_reason(capsys):
+def test_the_engine_is_printed_once_with_the_reason(capsys):
     model = ScratchDQN("MlpPolicy", TimeoutEnv(), verbose=1, learning_starts=10)
     assert capsys.readouterr().out.count("Using the fused engine, the fastest for these settings") == 1
     model.learn(30)
     assert "engine" not in capsys.readouterr().out
     ScratchDQN("MlpPolicy", TimeoutEnv(), verbose=1, engine="eager")
-    assert "Using the eager engine, as asked" in capsys.readouterr().out
+    assert "Using the eager engine, as selected" in capsys.readouterr().out
     ScratchDQN("MlpPolicy", TimeoutEnv())
     assert "engine" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("obstacle", ["module", "parameter", "frozen"])
-def test_what_stands_in_the_way_later_makes_it_step_aside(obstacle):
+def test_a_later_obstacle_makes_auto_select_autograd(obstacle):
     model = make("defaults", "auto").learn(60)
     assert model._engine.name == "fused"
     layer, seen = model.q_net.q_net[0], []
@@ -233,29 +232,30 @@ def test_what_stands_in_the_way_later_makes_it_step_aside(obstacle):
 
 @pytest.mark.parametrize("shape", [(1, 3, 5), (32, 64, 64), (64, 100, 70), (128, 256, 256)])
 @pytest.mark.parametrize("kind", ["numpy", "torch", "onednn", "chosen"])
-def test_every_way_to_multiply_gives_the_product(kind, shape):
+def test_every_library_computes_the_product(kind, shape):
     rows, n_inputs, n_outputs = shape
     if kind == "onednn" and not products._has_onednn():
         pytest.skip("this PyTorch has no oneDNN")
-    ways = products.products_for(*shape) if kind == "chosen" else getattr(products, kind.upper())
+    library = products.products_for(*shape) if kind == "chosen" else getattr(products, kind.upper())
     th.manual_seed(0)
     x, w, b, g = (
-        products.both(th.randn(size))
+        products.numpy_tensor(th.randn(size))
         for size in ((rows, n_inputs), (n_outputs, n_inputs), (n_outputs,), (rows, n_outputs))
     )
-    out, to_w, to_x = (
+    out, w_gradient, x_gradient = (
         products.empty(rows, n_outputs),
         products.empty(n_outputs, n_inputs),
         products.empty(rows, n_inputs),
     )
-    products.run([*ways.outputs(x, w, b, out), ways.weight_gradient(g, x, to_w), ways.input_gradient(g, w, to_x)])
-    exact = [one.array.astype(np.float64) for one in (x, w, b, g)]
+    gradients = [library.weight_gradient(g, x, w_gradient), library.input_gradient(g, w, x_gradient)]
+    products.run([*library.outputs(x, w, b, out), *gradients])
+    exact = [each.array.astype(np.float64) for each in (x, w, b, g)]
     np.testing.assert_allclose(out.array, exact[0] @ exact[1].T + exact[2], atol=1e-4)
-    np.testing.assert_allclose(to_w.array, exact[3].T @ exact[0], atol=1e-4)
-    np.testing.assert_allclose(to_x.array, exact[3] @ exact[1], atol=1e-4)
+    np.testing.assert_allclose(w_gradient.array, exact[3].T @ exact[0], atol=1e-4)
+    np.testing.assert_allclose(x_gradient.array, exact[3] @ exact[1], atol=1e-4)
 
 
-def test_deterministic_algorithms_are_not_chosen_by_the_clock():
+def test_deterministic_algorithms_are_not_chosen_by_timing():
     th.use_deterministic_algorithms(True)
     try:
         assert products.products_for(128, 512, 512) is products.TORCH
@@ -288,7 +288,7 @@ def tied(network):
 
 
 @pytest.mark.parametrize("change", [unused_parameter, no_bias, own_layers, tied])
-def test_networks_that_only_look_plain_are_left_to_autograd(change):
+def test_modified_networks_are_trained_by_autograd(change):
     class Policy(DQNPolicy):
         def make_q_net(self):
             network = super().make_q_net()
@@ -303,29 +303,29 @@ def test_networks_that_only_look_plain_are_left_to_autograd(change):
     assert_close(eager, auto)
 
 
-def test_small_averages_are_looked_for_while_training():
+def test_small_averages_are_flushed_during_training():
     model = make("defaults", "fused").learn(60)
     average = model.policy.optimizer.state[model.q_net.q_net[0].weight]["exp_avg"]
     dead = 7
-    with th.no_grad():  # a unit that is never active has no gradient
+    with th.no_grad():  # the gradient of a unit that is never active is 0
         model.q_net.q_net[0].weight[dead] = 0
         model.q_net.q_net[0].bias[dead] = -1
-    average[dead] = _NOTHING
+    average[dead] = _FLUSH_THRESHOLD
     model.train(200, 32)
     assert not average[dead].any()
 
 
 def test_models_can_be_pickled_and_copied_after_training():
     model = make("rainbow", "fused").learn(60)
-    for again in (pickle.loads(pickle.dumps(model)), deepcopy(model)):
-        assert_equal(model.get_parameters(), again.get_parameters())
+    for copy in (pickle.loads(pickle.dumps(model)), deepcopy(model)):
+        assert_equal(model.get_parameters(), copy.get_parameters())
         before = [parameter.clone() for parameter in model.policy.parameters()]
-        again.train(3, 32)
+        copy.train(3, 32)
         assert_equal(before, list(model.policy.parameters()))
-        assert distance(model, again) > 0
+        assert distance(model, copy) > 0
 
 
-def test_losses_that_are_no_numbers_are_no_numbers_in_every_engine():
+def test_infinite_losses_give_nan_parameters_in_every_engine():
     for engine in ("eager", "fused"):
         model = make("mse", engine, max_grad_norm=float("inf")).learn(50)
         model.replay_buffer.rewards[:] = 1e19

@@ -1,4 +1,4 @@
-"""Configurations that the fused engine serves by hand, and what its tests share."""
+"""Configurations that the fused engine supports without autograd, and models for its tests."""
 
 import numpy as np
 from gymnasium import spaces
@@ -9,15 +9,15 @@ from torch import nn
 from sb3_scratch_dqn import ScratchDQN
 
 
-class NumberEnv(TimeoutEnv):
+class DiscreteEnv(TimeoutEnv):
     observation_space = spaces.Discrete(5)
 
     def _observe(self):
         return int(self.np_random.integers(5))
 
 
-class WideEnv(TimeoutEnv):
-    """Observations of two axes, in float64."""
+class MatrixEnv(TimeoutEnv):
+    """Observations with two axes, in float64."""
 
     observation_space = spaces.Box(-10, 10, (2, 3), np.float64)
 
@@ -26,7 +26,7 @@ class WideEnv(TimeoutEnv):
 
 
 class VectorsEnv(TimeoutEnv):
-    """A Dict of vectors, numbers and several numbers."""
+    """A Dict of Box, Discrete, MultiDiscrete and MultiBinary."""
 
     observation_space = spaces.Dict(
         {
@@ -62,14 +62,14 @@ C51 = {"head": "c51", "head_kwargs": {"n_atoms": 11, "v_min": -5.0, "v_max": 10.
 QUANTILE = {"head": "quantile", "head_kwargs": {"n_quantiles": 7}}
 PER = {"replay_buffer_kwargs": {"prioritized": True}}
 
-# Name -> environment, settings, arguments of the policy
-SERVED = {
+# Name -> environment, settings, policy_kwargs
+CASES = {
     "defaults": (TimeoutEnv, {}, {}),
     "double": (TimeoutEnv, {"double_q": True}, {}),
     "mse": (TimeoutEnv, {"loss": "mse"}, {}),
     "dueling": (TimeoutEnv, {}, net(32, 16, dueling=True)),
-    "dueling of one layer": (TimeoutEnv, {}, net(32, dueling=True)),
-    "dueling of none": (TimeoutEnv, {}, net(dueling=True)),
+    "dueling with one layer": (TimeoutEnv, {}, net(32, dueling=True)),
+    "dueling without hidden layers": (TimeoutEnv, {}, net(dueling=True)),
     "noisy": (TimeoutEnv, {}, net(16, 16, noisy=True)),
     "noisy, few rows": (TimeoutEnv, {"batch_size": 8}, net(16, noisy=True)),
     "n-step": (TimeoutEnv, {"n_steps": 3}, {}),
@@ -77,7 +77,7 @@ SERVED = {
     "prioritized double mse": (TimeoutEnv, {**PER, "double_q": True, "loss": "mse"}, {}),
     "tanh": (TimeoutEnv, {}, net(20, 30, activation_fn=nn.Tanh)),
     "odd shapes": (TimeoutEnv, {"batch_size": 13}, net(17, 9, 5)),
-    "no hidden layer": (TimeoutEnv, {}, net()),
+    "no hidden layers": (TimeoutEnv, {}, net()),
     "large": (TimeoutEnv, {"batch_size": 128, "learning_rate": 1e-3}, net(256, 256)),
     "large tanh double": (TimeoutEnv, {"batch_size": 100, "double_q": True}, net(200, 150, 50, activation_fn=nn.Tanh)),
     "weight decay": (TimeoutEnv, {}, {"optimizer_kwargs": {"weight_decay": 0.1, "eps": 1e-4, "betas": (0.8, 0.99)}}),
@@ -85,9 +85,9 @@ SERVED = {
     "soft targets": (TimeoutEnv, {"tau": 0.1}, {}),
     "several environments": (lambda: make_vec_env(TimeoutEnv, n_envs=3, seed=0), {}, {}),
     "normalized": (lambda: normalized(TimeoutEnv), {}, {}),
-    "numbers": (NumberEnv, {}, {}),
+    "discrete": (DiscreteEnv, {}, {}),
     "images": (ImageEnv, {}, net(16)),
-    "two axes": (WideEnv, {}, {}),
+    "matrix": (MatrixEnv, {}, {}),
     "dict": (VectorsEnv, {}, {}),
     "dict quantiles": (VectorsEnv, {"double_q": True}, QUANTILE),
     "masks": (MaskedEnv, {"double_q": True}, {}),
@@ -111,8 +111,8 @@ SETTINGS = {
 
 
 def make(name, engine, **more):
-    make_env, settings, policy_kwargs = SERVED[name]
-    # Where a gradient is nearly 0, Adam makes any difference in rounding as large as the learning rate, but for eps
+    make_env, settings, policy_kwargs = CASES[name]
+    # Where a gradient is nearly 0, Adam scales rounding errors up to the learning rate, unless eps is larger
     policy_kwargs = {"optimizer_kwargs": {"eps": 1e-4}, **policy_kwargs}
     settings = {**SETTINGS, **settings, **more}
     policy = "MultiInputPolicy" if make_env is VectorsEnv else "MlpPolicy"

@@ -1,4 +1,4 @@
-"""Engines heed what somebody changes behind their backs: parts, hooks, patches, settings, optimisers."""
+"""Modifications take effect in every engine: parts, hooks, patches, settings, optimisers."""
 
 import warnings
 
@@ -15,10 +15,10 @@ from changes import (
     replace_layer,
     replace_target,
 )
+from cuda_cases import assert_close
+from fused_cases import SETTINGS, LargerImageEnv, make, net
 from gymnasium import spaces
 from helpers import TimeoutEnv, assert_equal
-from recorded import assert_close
-from served import SETTINGS, LargerImageEnv, make, net
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -95,7 +95,7 @@ def share_with_target(model):
     model.q_net_target.q_net[0] = model.q_net.q_net[0]
 
 
-def one_network(model):
+def same_network(model):
     model.q_net_target = model.q_net
 
 
@@ -112,18 +112,17 @@ def reset_last_layer(model):
             value.zero_()
 
 
-def see_pixels_as_they_are(model):
+def disable_normalize_images(model):
     for network in (model.q_net, model.q_net_target):
         network.normalize_images = False
 
 
-def weights_apart(model, other):
-    """The largest difference of two weights of the first layer."""
+def weight_difference(model, other):
+    """Return the largest difference between weights of the first layers."""
     return (model.q_net.q_net[0].weight - other.q_net.q_net[0].weight).abs().max().item()
 
 
-def own_step(model):
-    """Of a part of the network."""
+def train_last_layer(model):
     model.policy.optimizer.zero_grad()
     model.q_net.q_net[4](th.ones(1, 64)).sum().backward()
     model.policy.optimizer.step()
@@ -133,11 +132,11 @@ def own_step(model):
     "change",
     [
         replace_target, replace_layer, clear_state, replace_average, maximize, patch_loss, patch_outputs, no_gradients,
-        patch_layer, patch_layers, patch_extractor, append_layer, share_with_target, one_network, other_average,
-        reset_last_layer, own_step, elu,
+        patch_layer, patch_layers, patch_extractor, append_layer, share_with_target, same_network, other_average,
+        reset_last_layer, train_last_layer, elu,
     ],
 )  # fmt: skip
-def test_what_somebody_changes_between_updates_is_heeded(change):
+def test_modifications_between_updates_take_effect(change):
     def learn(engine, change):
         model = make("defaults", engine).learn(60)
         th.manual_seed(5)
@@ -147,8 +146,8 @@ def test_what_somebody_changes_between_updates_is_heeded(change):
         return model
 
     eager, fused, unchanged = learn("eager", change), learn("auto", change), learn("eager", lambda _: None)
-    if change is not no_gradients:  # which is to change nothing
-        assert weights_apart(eager, unchanged) > 1e-4
+    if change is not no_gradients:  # which changes no weight
+        assert weight_difference(eager, unchanged) > 1e-4
     assert_close(eager, fused)
     assert all(parameter.grad is not None for parameter in fused.q_net.parameters())
 
@@ -159,10 +158,10 @@ def test_what_somebody_changes_between_updates_is_heeded(change):
         freeze, maximize, hooked, patch_outputs, patch_layer, elu, nested_layers, without_bias, pruned,
         other_optimizer(th.optim.SGD), other_optimizer(th.optim.AdamW, eps=1e-4, weight_decay=0.1),
         other_optimizer(th.optim.Adam, eps=1e-4, betas=(0.9, 0.5), amsgrad=True),
-        share_with_target, one_network, append_layer,
+        share_with_target, same_network, append_layer,
     ],
 )  # fmt: skip
-def test_what_somebody_changes_before_the_first_update_is_heeded(change):
+def test_modifications_before_the_first_update_take_effect(change):
     def learn(engine, change):
         model = make("defaults", engine)
         th.manual_seed(5)
@@ -170,12 +169,12 @@ def test_what_somebody_changes_before_the_first_update_is_heeded(change):
         return model.learn(60).learn(20, reset_num_timesteps=False)
 
     eager, auto, unchanged = learn("eager", change), learn("auto", change), learn("eager", lambda _: None)
-    assert weights_apart(eager, unchanged) > 1e-3
+    assert weight_difference(eager, unchanged) > 1e-3
     pairs = zip(eager.q_net.parameters(), auto.q_net.parameters(), strict=True)
-    assert max((one - another).abs().max().item() for one, another in pairs) < 1e-4
+    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-4
 
 
-def test_images_that_are_to_be_seen_as_they_are_from_now_on_are():
+def test_disabling_normalize_images_takes_effect():
     def learn(engine, change):
         model = make("images", engine).learn(60)
         change(model)
@@ -183,12 +182,12 @@ def test_images_that_are_to_be_seen_as_they_are_from_now_on_are():
         model.train(3, 16)
         return model
 
-    eager, fused = (learn(engine, see_pixels_as_they_are) for engine in ("eager", "auto"))
-    assert weights_apart(eager, learn("eager", lambda _: None)) > 1e-3
+    eager, fused = (learn(engine, disable_normalize_images) for engine in ("eager", "auto"))
+    assert weight_difference(eager, learn("eager", lambda _: None)) > 1e-3
     assert_close(eager, fused, bound=1e-4)
 
 
-def test_hooks_of_all_modules_and_of_all_optimizers_are_called():
+def test_global_module_and_optimizer_hooks_are_called():
     model, calls = make("defaults", "auto").learn(60), []
     hook = register_module_forward_hook(lambda *_: calls.append("module"))
     try:
@@ -216,14 +215,14 @@ def change_policy(model):
 @pytest.mark.parametrize("change", [change_objective, change_policy, other_optimizer(th.optim.SGD), freeze])
 @pytest.mark.parametrize("engine", ["eager", "auto"])
 @pytest.mark.parametrize("case", ["masks", "filled", "patched"])
-def test_what_somebody_changes_where_nobody_looked_is_heeded(change, engine, case):
-    """Where nothing greedy was done before, or somebody comes between the last action and the update."""
+def test_modifications_without_a_check_before_take_effect(change, engine, case):
+    """Without a greedy action before, or between the last action and the update."""
     settings = {"target_update_interval": 10_000, "learning_starts": 100 if case == "filled" else 40}
 
-    def learn(told):
+    def learn(choose_again):
         def changed():
             change(model)
-            if told:
+            if choose_again:
                 model._choose_engine()
 
         model = make("masks" if case == "masks" else "defaults", engine, **settings).learn(100)
@@ -253,8 +252,8 @@ def test_what_somebody_changes_where_nobody_looked_is_heeded(change, engine, cas
 
 @pytest.mark.parametrize("engine", ["eager", "auto"])
 @pytest.mark.parametrize("where", ["step", "schedule", "collect"])
-def test_what_happens_in_the_middle_of_a_rollout_is_heeded_by_the_next_update(engine, where):
-    def learn(told):
+def test_modifications_during_a_rollout_take_effect_in_the_next_update(engine, where):
+    def learn(choose_again):
         models = []
 
         def change(place):
@@ -262,7 +261,7 @@ def test_what_happens_in_the_middle_of_a_rollout_is_heeded_by_the_next_update(en
                 return
             if type(models[0].policy.optimizer) is not th.optim.SGD:
                 other_optimizer(th.optim.SGD)(models[0])
-                if told:
+                if choose_again:
                     models[0]._choose_engine()
 
         class Env(TimeoutEnv):
@@ -280,9 +279,9 @@ def test_what_happens_in_the_middle_of_a_rollout_is_heeded_by_the_next_update(en
             own = model.collect_rollouts
 
             def collect(*args, **kwargs):
-                found = own(*args, **kwargs)
+                rollout = own(*args, **kwargs)
                 change("collect")
-                return found
+                return rollout
 
             model.collect_rollouts = collect
         return model.learn(84)
@@ -292,7 +291,7 @@ def test_what_happens_in_the_middle_of_a_rollout_is_heeded_by_the_next_update(en
     assert_equal(list(expected.q_net.parameters()), list(model.q_net.parameters()))
 
 
-def test_memory_that_processes_share_stays_shared():
+def test_shared_memory_stays_shared():
     for learned in (0, 60):
         model = make("defaults", "auto")
         if learned:
@@ -305,26 +304,26 @@ def test_memory_that_processes_share_stays_shared():
 
 
 class Views(BaseCallback):
-    """Holds the memory of a weight, and writes to it."""
+    """Stores a view of a weight, and writes to it."""
 
     def _on_training_start(self):
         self.seen = self.model.q_net.q_net[0].weight.detach().numpy()
 
     def _on_step(self):
         assert np.array_equal(self.seen, self.model.q_net.q_net[0].weight.detach().numpy())
-        if self.n_calls == 70:  # which has the engine made anew
+        if self.n_calls == 70:  # which creates a new engine
             self.model.set_parameters(self.model.get_parameters())
         if self.n_calls == 80:
             self.seen *= 0.5
         return True
 
 
-def test_views_of_weights_that_callbacks_take_stay_views():
+def test_views_of_weights_stored_by_callbacks_stay_views():
     models = [make("defaults", engine).learn(120, Views()) for engine in ("eager", "fused")]
     assert_close(*models)
 
 
-def test_a_batch_of_large_observations_is_not_drawn_many_times_at_once():
+def test_batches_of_large_observations_are_not_prefetched():
     class Large(TimeoutEnv):
         observation_space = spaces.Box(-1, 1, (40_000,), np.float32)
 
@@ -339,7 +338,7 @@ def test_a_batch_of_large_observations_is_not_drawn_many_times_at_once():
     assert {rows for network in networks for rows, _ in network._passes} == {1, 32, 64}
 
 
-def test_settings_that_cannot_work_are_refused_in_the_middle_too_and_each_time():
+def test_invalid_settings_raise_errors_during_training_too_and_each_time():
     model = make("defaults", "auto").learn(60)
     cases = [
         ("engine", "gpu", "engine='gpu' is unknown"),
@@ -351,14 +350,14 @@ def test_settings_that_cannot_work_are_refused_in_the_middle_too_and_each_time()
         for _ in range(2):
             with pytest.raises(ValueError, match=message):
                 setattr(model, name, value)
-        # Past the checks, as loading a model writes them
+        # Without checks, as loading a model sets them
         before = vars(model)[name]
         vars(model).update({name: value, "munchausen": name == "munchausen_kwargs"})
         for _ in range(2):
             with pytest.raises(ValueError, match=message):
                 model.learn(20, reset_num_timesteps=False)
         vars(model).update({name: before, "munchausen": False})
-    model.engine = "cuda_graph"  # which there is, but which cannot serve here
+    model.engine = "cuda_graph"  # which exists, but does not support the CPU
     for _ in range(2):
         with pytest.raises(ValueError, match="engine='cuda_graph' cannot be used here"):
             model.learn(20, reset_num_timesteps=False)
@@ -368,7 +367,7 @@ def test_settings_that_cannot_work_are_refused_in_the_middle_too_and_each_time()
     assert model._n_updates > updates
 
 
-def test_training_that_diverges_is_silent_and_users_code_is_not():
+def test_diverging_training_is_silent_and_code_of_users_is_not():
     with np.errstate(all="raise"):
         make("defaults", "fused", learning_rate=1e30).learn(80)
         model = make("defaults", "fused").learn(60)
@@ -377,18 +376,18 @@ def test_training_that_diverges_is_silent_and_users_code_is_not():
             model.train(1, 32)
 
 
-def test_anomalies_are_looked_for_where_autograd_is_to():
+def test_anomaly_detection_works():
     model = make("defaults", "auto").learn(60)
     model.replay_buffer.rewards[:] = np.nan
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is slow, and where it was
+        warnings.simplefilter("ignore")  # PyTorch warns that detection is slow, and prints the call that failed
         with th.autograd.set_detect_anomaly(True), pytest.raises(RuntimeError, match="nan"):
             model.train(1, 32)
     model.learn(4, reset_num_timesteps=False)
     assert model._engine.title == "the fused engine"
 
 
-def test_the_fastest_engine_comes_back():
+def test_the_fastest_engine_is_selected_again_without_the_hook():
     model = make("defaults", "auto").learn(60)
     hook = model.q_net.q_net[0].register_forward_hook(lambda *_: None)
     model.learn(20, reset_num_timesteps=False)
@@ -398,7 +397,7 @@ def test_the_fastest_engine_comes_back():
     assert model._engine.title == "the fused engine"
 
 
-def test_a_target_network_without_gradients_is_served_by_hand():
+def test_a_frozen_target_network_is_supported_by_the_fused_engine():
     class Policy(DQNPolicy):
         def _build(self, lr_schedule):
             super()._build(lr_schedule)
@@ -412,7 +411,7 @@ def test_a_target_network_without_gradients_is_served_by_hand():
     assert_close(eager, fused)
 
 
-def test_hooks_see_images_in_the_order_that_pytorch_has_them_in():
+def test_hooks_get_images_in_contiguous_format():
     settings = {**SETTINGS, "buffer_size": 100}
     model = ScratchDQN("CnnPolicy", LargerImageEnv(), **settings)
     seen = []
@@ -422,14 +421,14 @@ def test_hooks_see_images_in_the_order_that_pytorch_has_them_in():
     assert model._n_updates == 5
 
 
-@pytest.mark.parametrize("what", ["hook", "patch", "target"])
-def test_hooks_and_patches_of_the_optimizer_and_the_target_are_called(what):
+@pytest.mark.parametrize("kind", ["hook", "patch", "target"])
+def test_hooks_and_patches_of_the_optimizer_and_the_target_are_called(kind):
     calls = []
     model = make("defaults", "auto").learn(60)
     optimizer = model.policy.optimizer
-    if what == "hook":
+    if kind == "hook":
         optimizer.register_step_post_hook(lambda *_: calls.append(1))
-    elif what == "patch":
+    elif kind == "patch":
         step = optimizer.step
         optimizer.step = lambda: calls.append(1) or step()
     else:
@@ -438,10 +437,10 @@ def test_hooks_and_patches_of_the_optimizer_and_the_target_are_called(what):
     assert len(calls) == 4
     engine = model._engine
     model.train(1, 32)
-    assert model._engine is engine, "one engine is enough"
+    assert model._engine is engine, "the engine is reused"
 
 
-def test_extractors_that_view_their_images_are_served():
+def test_extractors_that_call_view_on_images_are_supported():
     class Viewing(BaseFeaturesExtractor):
         def __init__(self, space):
             super().__init__(space, 5)
@@ -459,7 +458,7 @@ def test_extractors_that_view_their_images_are_served():
 
 
 @pytest.mark.parametrize("head", ["expected", "c51", "quantile", "iqn"])
-def test_autocast_is_heeded_for_as_long_as_it_lasts(head):
+def test_autocast_takes_effect_while_it_is_enabled(head):
     settings = {**SETTINGS, "policy_kwargs": {"head": head, "dueling": True, "noisy": True}, "double_q": True}
     auto, eager = (ScratchDQN("MlpPolicy", TimeoutEnv(), engine=engine, **settings) for engine in ("auto", "eager"))
     fastest = auto._engine.title
@@ -471,7 +470,7 @@ def test_autocast_is_heeded_for_as_long_as_it_lasts(head):
     assert auto._engine.title == "the fused engine with autograd"
     for name, value in eager.policy.state_dict().items():
         assert value.dtype == th.float32
-        # Of 16 bits, in which a rounding error is another one than in 32, there are 8 digits
+        # bfloat16 has 8 significant bits, and rounding differs from float32
         np.testing.assert_allclose(auto.policy.state_dict()[name], value, rtol=0.05, atol=0.02)
     auto.learn(20)
     assert auto._engine.title == fastest
@@ -487,7 +486,7 @@ def test_autocast_computes_what_sb3_computes():
     assert_equal(*(model.policy.state_dict() for model in models))
 
 
-def test_autocast_is_named_where_the_fused_engine_is_asked_for():
+def test_autocast_works_with_an_explicitly_selected_fused_engine():
     model = make("defaults", "fused", verbose=1).learn(60)
     with th.autocast("cpu", dtype=th.bfloat16):
         model.learn(20)

@@ -1,4 +1,4 @@
-"""What the CUDA graph engine is tried with: settings, changes, and a recorder that needs no GPU."""
+"""Configurations and modifications for tests of the CUDA graph engine, and a graph that needs no GPU."""
 
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ def several():
 
 
 class OwnBuffer(ScratchReplayBuffer):
-    """Samples the same, in a method of its own."""
+    """Samples the same transitions, by an overridden method."""
 
     def sample_batch(self, batch_size, env=None, gamma=None, n_batches=1):
         return super().sample_batch(batch_size, env, gamma, n_batches)
@@ -83,7 +83,7 @@ PER = {"replay_buffer_kwargs": {"prioritized": True}}
 SHARED = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
 NORMED = {"features_extractor_class": NormedExtractor}
 
-# Name -> environment, settings, arguments of the policy
+# Name -> environment, settings, policy_kwargs
 CASES = {
     "defaults": (TimeoutEnv, {}, {}),
     "noisy": (TimeoutEnv, {}, {"noisy": True}),
@@ -121,10 +121,10 @@ CASES = {
     "rainbow": (several, {**PER, "double_q": True, "n_steps": 3}, {"dueling": True, "noisy": True, **C51}),
     "rainbow with iqn": (several, {**PER, "double_q": True, "n_steps": 3}, {"dueling": True, "noisy": True, **IQN}),
 }
-# How many updates are taken in a row
+# Consecutive updates
 GRADIENT_STEPS = {name: (1, 4, 21)[number % 3] for number, name in enumerate(CASES)}
 
-# Every head is combined with each of these, and with each kind of replay
+# Every head is combined with each of these, and with each configuration of the replay buffer
 SWITCHES = {
     "plain": ({}, {}),
     "double, dueling": ({"double_q": True}, {"dueling": True}),
@@ -147,7 +147,7 @@ COMBINATIONS = [
     if switch != "munchausen" or (head != "c51" and replay not in ("n-step", "dict"))
 ]
 
-FROM_THE_HOST = {"normalized", "normalized, prioritized", "her", "buffer of sb3", "own buffer"}
+SAMPLED_ON_HOST = {"normalized", "normalized, prioritized", "her", "buffer of sb3", "own buffer"}
 
 SETTINGS = {
     "learning_rate": 3e-3,
@@ -159,28 +159,37 @@ SETTINGS = {
 }
 
 
-# Why "auto" leaves it alone
-BY_ITSELF = CudaGraphEngine.opt_in_reason
+# Why "auto" does not select it
+OPT_IN_REASON = CudaGraphEngine.opt_in_reason
 
 
-# Calls that wait for the device, or whose results have a shape that depends on values
-WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2", "bincount"}
+# Calls that synchronise with the device, among them those whose result has a shape that depends on values
+SYNCHRONIZING = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "_unique2",
+    "bincount",
+}
 
 
-class Tape(TorchDispatchMode):
-    """A CUDA graph without CUDA: notes calls of PyTorch, and makes them again on the same memory, without Python.
+class FakeGraph(TorchDispatchMode):
+    """A CUDA graph without CUDA: stores calls of PyTorch, and repeats them on the same memory, without Python.
 
-    So a number that Python decided stays as it is, and what Python keeps elsewhere is not seen.
+    So a number that Python computed is constant, and Python's side effects are not repeated.
 
-    :param patient: whether calls that wait are let through; observations of numbers make some on the CPU alone
+    :param allow_synchronization: allow calls that synchronise; Discrete observations make some, but only on the CPU
     """
 
-    def __init__(self, patient=True):
+    def __init__(self, allow_synchronization=True):
         super().__init__()
-        self.patient, self.calls = patient, []
+        self.allow_synchronization, self.calls = allow_synchronization, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in WAITING and not self.patient:
+        if function.overloadpacket.__name__ in SYNCHRONIZING and not self.allow_synchronization:
             raise RuntimeError("operation not permitted when stream is capturing")
         result = function(*args, **(kwargs or {}))
         self.calls.append((function, args, kwargs or {}, result))
@@ -189,15 +198,15 @@ class Tape(TorchDispatchMode):
     def replay(self):
         with th.no_grad():
             for function, args, kwargs, result in self.calls:
-                again = function(*args, **kwargs)
-                for kept, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                    if isinstance(kept, th.Tensor) and kept.data_ptr() != new.data_ptr():
-                        kept.copy_(new)
+                new_result = function(*args, **kwargs)
+                for tensor, new in zip(tree_leaves(result), tree_leaves(new_result), strict=True):
+                    if isinstance(tensor, th.Tensor) and tensor.data_ptr() != new.data_ptr():
+                        tensor.copy_(new)
 
 
 def make(name, engine, device="cpu", **more):
     make_env, settings, policy_kwargs = CASES[name]
-    # Where a gradient is nearly 0, Adam makes any difference in rounding as large as the learning rate, but for eps
+    # Where a gradient is nearly 0, Adam scales rounding errors up to the learning rate, unless eps is larger
     policy_kwargs = {"net_arch": [16, 12], "optimizer_kwargs": {"eps": 1e-4}, **policy_kwargs}
     env = make_env()
     space = env.observation_space
@@ -209,25 +218,25 @@ def make(name, engine, device="cpu", **more):
 
 
 def distance(model, other):
-    """The largest difference of two parameters or buffers."""
+    """Return the largest difference between parameters or buffers of two models."""
     pairs = zip(model.policy.state_dict().values(), other.policy.state_dict().values(), strict=True)
-    return max((one - another).abs().max().item() for one, another in pairs)
+    return max((a - b).abs().max().item() for a, b in pairs)
 
 
 def assert_close(model, other, bound=2e-5):
     assert distance(model, other) < bound
-    for one, another in zip(model.policy.optimizer.state.values(), other.policy.optimizer.state.values(), strict=True):
-        assert one["step"] == another["step"]
-        th.testing.assert_close(one["exp_avg"], another["exp_avg"], rtol=1e-2, atol=1e-4)
-    sampler, its = (getattr(one.replay_buffer, "sampler", None) for one in (model, other))
-    if hasattr(sampler, "tree"):
-        n = min(len(sampler.tree.values), len(its.tree.values))
-        np.testing.assert_allclose(sampler.tree.values[:n], its.tree.values[:n], atol=1e-3)
-        assert sampler.max_value == pytest.approx(its.max_value, rel=1e-3)
+    for a, b in zip(model.policy.optimizer.state.values(), other.policy.optimizer.state.values(), strict=True):
+        assert a["step"] == b["step"]
+        th.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-2, atol=1e-4)
+    a, b = (getattr(each.replay_buffer, "sampler", None) for each in (model, other))
+    if hasattr(a, "tree"):
+        n = min(len(a.tree.values), len(b.tree.values))
+        np.testing.assert_allclose(a.tree.values[:n], b.tree.values[:n], atol=1e-3)
+        assert a.max_value == pytest.approx(b.max_value, rel=1e-3)
 
 
 def learned(name, engine, gradient_steps, device="cpu", updates=48, **more):
-    """A model after some updates, and the random states that it leaves behind."""
+    """Return a model after some updates, and the random states after training."""
     model = make(name, engine, device, gradient_steps=gradient_steps, **more)
     calls = 4 * -(-updates // gradient_steps)
     model.learn(SETTINGS["learning_starts"] + model.n_envs * (calls + 4))
@@ -235,7 +244,7 @@ def learned(name, engine, gradient_steps, device="cpu", updates=48, **more):
 
 
 def trained(combination, engine, device="cpu"):
-    """A model after updates between some random steps, and the random states that it leaves behind."""
+    """Return a model after updates between random steps, and the random states after training."""
     head, switch, replay = combination
     (settings, policy_kwargs), (make_env, more) = SWITCHES[switch], REPLAYS[replay]
     policy_kwargs = {"net_arch": [16, 12], "optimizer_kwargs": {"eps": 1e-4}, **HEADS[head], **policy_kwargs}
@@ -251,8 +260,8 @@ def trained(combination, engine, device="cpu"):
     return model, (np.random.get_state()[1:], th.get_rng_state())
 
 
-class Waiting(BaseFeaturesExtractor):
-    """Decides by a value, for which it must wait."""
+class Synchronizing(BaseFeaturesExtractor):
+    """Decides by a value, for which the host waits for the device."""
 
     def __init__(self, space):
         super().__init__(space, 3)
