@@ -48,8 +48,8 @@ def test_make_targets_exist():
 def test_results_are_those_of_the_report_and_can_be_compared():
     results = ROOT / "results"
     comparison = make_comparison(read_results(results))
-    told = re.search(r"### Results\n(.*?)\n### ", README, re.DOTALL).group(1)
-    rows = re.findall(r"^\| \S+-v\d .*$", told, re.MULTILINE)
+    section = re.search(r"### Results\n(.*?)\n### ", README, re.DOTALL).group(1)
+    rows = re.findall(r"^\| \S+-v\d .*$", section, re.MULTILINE)
     assert len(rows) == sum(len(comparison.algos_in(env)) for env in comparison.envs)
     report = (results / "report" / "report.md").read_text()
     for row in rows:

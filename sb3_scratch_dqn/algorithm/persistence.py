@@ -1,7 +1,7 @@
 """Saving, loading, pickling, and changing the environment.
 
 SB3 applies what it loads step by step, and an error leaves a model with a part of it. Here everything is checked first:
-an error leaves the model as it was.
+an error leaves the model unchanged.
 """
 
 import base64

@@ -83,7 +83,9 @@ def _stacking(model: DQNBase, env: VecEnv | None, frames: object) -> Stacking | 
         except NotStackedError as reason:
             if frames is True:
                 raise
-            warnings.warn(f"the replay buffer stores each observation in full: env stacks frames, but {reason}", stacklevel=4)
+            warnings.warn(
+                f"the replay buffer stores each observation in full: env stacks frames, but {reason}", stacklevel=4
+            )
             return None
     elif frames is True and env is not None:
         raise ValueError(

@@ -1,9 +1,12 @@
-"""Comparing algorithms, and measuring speed: ``python -m sb3_scratch_dqn.bench``.
+"""Benchmarks: compare algorithms over many seeds and measure speed, with ``python -m sb3_scratch_dqn.bench``.
 
-- ``run`` trains: ``plan`` (which runs, and are they possible) -> ``grid`` (hands them out, keeps their files) ->
-  ``experiment`` (one run, a process of its own)
-- ``results`` reads the files of runs
-- ``report`` compares them: ``comparison`` with ``stats`` -> ``report`` with ``figures`` and ``document``
-- ``speed`` measures: ``learning`` training, kept by ``results``; ``replay`` buffers, with ``timing``
-- ``machine`` describes the machine
+- ``__main__``: the command line
+- ``run``: train the runs of a comparison, one JSON file per run
+- ``results``: read and check these files
+- ``report``: statistics, verdicts and figures of the results
+- ``speed``: speed of training, speed and memory of replay
+- ``machine``: describe the machine, measure memory
+
+Import names from the modules: this file and those of ``run``, ``report`` and ``speed`` import nothing, because imports
+would add to the peak memory that is measured for each training process.
 """

@@ -1,4 +1,4 @@
-"""What a machine is, and what a process took of it."""
+"""The machine and this process: cores, memory, hardware, versions."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch as th
 
-# One thread for each library that has threads of its own
+# One thread for each library that starts threads
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -28,11 +28,11 @@ _PACKAGES = ("sb3-scratch-dqn", "stable-baselines3", "sb3-contrib", "rl_zoo3", "
 
 
 @cache
-def end_with(parent: int) -> None:
-    """Let this process end when its parent has ended, and at once if that is so already.
+def exit_with_parent(parent: int) -> None:
+    """Exit this process when its parent exits, or immediately if the parent has exited already.
 
-    :param parent: the id of the process that started this one. That process must pass it in: after its death,
-        ``os.getppid()`` gives the id of another one
+    :param parent: the id of the process that started this one. That process must pass its own id: after its death,
+        ``os.getppid()`` returns the id of another process
     """
 
     def watch() -> None:
@@ -46,47 +46,47 @@ def end_with(parent: int) -> None:
 
 
 def n_cores() -> int:
-    """How many processors this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory() -> int:
-    """The most memory that this process had, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     status = Path("/proc/self/status")
-    if status.is_file():  # what getrusage() says is at least what the parent had
+    if status.is_file():  # getrusage() returns at least the memory of the parent process
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def processor() -> str:
-    """What the processor calls itself."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
+def processor_name() -> str:
+    """Return the model name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
 def check_device(device: str) -> None:
-    """See whether this machine has a device.
+    """Raise ValueError unless this machine has a device.
 
     :param device: ``"cpu"`` or ``"cuda"``
-    :raises ValueError: if it has not
+    :raises ValueError: if PyTorch cannot use it
     """
     if device == "cuda" and not th.cuda.is_available():
         raise ValueError("--device cuda finds no GPU that this PyTorch can use; choose --device cpu")
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """What this machine is, ready for JSON.
+    """Return the hardware of this machine, ready for JSON.
 
-    :param device: where something is trained
+    :param device: the training device; the GPU is only recorded for ``"cuda"``
     """
     return {
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": n_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
@@ -94,10 +94,10 @@ def hardware(device: str) -> dict[str, Any]:
     }
 
 
-def origin(device: str) -> dict[str, Any]:
-    """When, where and with what something is measured, ready for JSON.
+def provenance(device: str) -> dict[str, Any]:
+    """Return time, package versions, commit and hardware of a measurement, ready for JSON.
 
-    :param device: where something is trained
+    :param device: the training device
     """
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -115,13 +115,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package lies in; ``None`` if it lies in none."""
+    """Return the commit of the checkout that contains this package, or ``None`` if it is not in a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     commit = _git(root, "rev-parse", "HEAD")
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "sb3_scratch_dqn", "hyperparams")
-    return f"{commit} with changes" if commit and changed else commit or None
+    modified = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "sb3_scratch_dqn", "hyperparams")
+    return f"{commit} with changes" if commit and modified else commit or None
 
 
 def _git(root: Path, *arguments: str) -> str:

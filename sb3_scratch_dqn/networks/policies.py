@@ -132,7 +132,7 @@ class DQNPolicy(BasePolicy):
         self.q_net = self.make_q_net()
         needed = network_class(self.head)
         if not isinstance(self.q_net, needed):
-            raise ValueError(f"head={self.head_name!r} needs a {needed.__name__}, not a {type(self.q_net).__name__}")
+            raise ValueError(f"head={self.head_name!r} needs the class {needed.__name__}, not {type(self.q_net).__name__}")
         self.q_net_target = self.make_q_net()
         self.q_net_target.load_state_dict(self.q_net.state_dict())
         self.q_net_target.set_training_mode(False)

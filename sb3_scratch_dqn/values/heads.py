@@ -293,7 +293,7 @@ class ImplicitQuantileHead:
     :param n_cos: number of cosines in the embedding of a fraction
     """
 
-    n_outputs = 1
+    n_outputs = 1  # per fraction
     outputs_are_returns = True
     supported_losses = ("huber", "mse")
 

@@ -22,7 +22,7 @@ from sb3_scratch_dqn.common.checks import as_numeric_array
 
 Masks = npt.NDArray[np.bool_]
 
-# Key in ``info`` for the mask of an episode's last state: when the environment can be asked, it has already been reset
+# Key in ``info`` for the mask of an episode's last state: ``action_masks()`` can only be called after the reset
 INFO_KEY = "action_masks"
 _NAME = "action_masks"  # of the method, property or attribute
 

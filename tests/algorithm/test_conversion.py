@@ -26,7 +26,7 @@ NAMES = ["small buffer", "n-step", "dict", "hindsight", "observations once", "im
 
 
 def pickled(model):
-    """What a ScratchDQN must be told to load what SB3 saved."""
+    """Return the arguments with which each algorithm loads a replay buffer that SB3 saved."""
     return {"allow_pickle": True} if isinstance(model, ScratchDQN) else {}
 
 
@@ -37,7 +37,7 @@ def set_random_states(states):
 
 
 def go_on(model, make_env, states):
-    """Train further, from given random states, in an environment of its own."""
+    """Continue training, from given random states, in a new environment."""
     model.set_env(make_env())
     model.set_random_seed(5)
     if isinstance(model.replay_buffer, HerReplayBuffer):

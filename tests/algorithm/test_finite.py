@@ -59,10 +59,10 @@ FAMILY = {
 @pytest.mark.parametrize("part", FAMILY)
 def test_a_bad_number_is_named_with_its_environment_and_step(part, where, step, value):
     model = ScratchDQN("MlpPolicy", Broken(where, value, step), **SETTINGS, **FAMILY[part])
-    told = (
+    message = (
         rf"env gave the reward {value}, in" if where == "reward" else "env gave an observation that is not finite, in"
     )
-    with pytest.raises(ValueError, match=rf"{told} environment 0 at step {step}: .*check_finite=False"):
+    with pytest.raises(ValueError, match=rf"{message} environment 0 at step {step}: .*check_finite=False"):
         model.learn(100)
     replay = model.replay_buffer
     assert replay.size() == max(step - 1, 0), "what came before is there, the bad step is not"

@@ -11,7 +11,7 @@ GAMMA = 0.9
 
 
 class Corridor(gym.Env):
-    """Three rooms in a row; action 1 goes on, action 0 stays. Leaving the last room ends the episode and pays 1.
+    """Three rooms in a row; action 1 advances, action 0 stays. Leaving the last room ends the episode and pays 1.
 
     After 3 steps time is up, which a learner must not take for an ending.
     """

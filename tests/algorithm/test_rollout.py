@@ -19,7 +19,7 @@ from sb3_scratch_dqn.algorithm.rollout import lean_step
 
 
 class InfoEnv(TimeoutEnv):
-    """Infos with an array that the environment goes on writing to, and a dict."""
+    """Infos with an array that the environment keeps writing to, and a dict."""
 
     def reset(self, *, seed=None, options=None):
         self.counts = np.zeros(2)

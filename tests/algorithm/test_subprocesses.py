@@ -49,11 +49,11 @@ ENDS = [
 
 
 @pytest.mark.parametrize("wrap", [lambda env: env, VecMonitor], ids=["plain", "wrapped"])
-@pytest.mark.parametrize(("how", "when", "told"), ENDS)
-def test_the_environment_and_its_exit_status_are_named(how, when, told, wrap):
+@pytest.mark.parametrize(("how", "when", "message"), ENDS)
+def test_the_environment_and_its_exit_status_are_named(how, when, message, wrap):
     envs = SubprocVecEnv([TimeoutEnv, lambda: Ending(how, when)], start_method="fork")
     model = ScratchDQN("MlpPolicy", wrap(envs), **SETTINGS)
-    with pytest.raises(ChildProcessError, match=f"the process of environment 1 ended with {told}") as caught:
+    with pytest.raises(ChildProcessError, match=f"the process of environment 1 ended with {message}") as caught:
         model.learn(100)
     assert isinstance(caught.value.__cause__, EOFError | ConnectionError | BrokenPipeError)
     for process in envs.processes:
@@ -66,8 +66,8 @@ def test_processes_that_were_forked_are_warned_of(start_method):
     model = ScratchDQN("MlpPolicy", envs, **SETTINGS)
     with pytest.raises(ChildProcessError, match="environment 0 ended with exit status 7;") as caught:
         model.learn(100)
-    told = "start_method='fork' copies locks held by threads of PyTorch"
-    assert (told in str(caught.value)) == (start_method == "fork")
+    message = "start_method='fork' copies locks held by threads of PyTorch"
+    assert (message in str(caught.value)) == (start_method == "fork")
 
 
 def test_other_ends_of_files_stay_what_they_are():

@@ -29,7 +29,7 @@ def save(request):
     """A function that writes a file of some hundred bytes to a path."""
     if request.param == "a replay buffer":
         return lambda path: write_replay_buffer(BUFFER, path)
-    return lambda path: grid.write({"curve": [0.5] * 100}, Path(path))
+    return lambda path: grid.write_result({"curve": [0.5] * 100}, Path(path))
 
 
 def names(folder):
@@ -65,7 +65,7 @@ def test_temporary_files_of_interrupted_processes_are_removed(name, save, tmp_pa
 
 def test_temporary_files_of_results_of_an_earlier_version_are_removed(tmp_path):
     (tmp_path / "seed_0.tmp").write_bytes(b"half")
-    grid.write({}, tmp_path / "seed_0.json")
+    grid.write_result({}, tmp_path / "seed_0.json")
     assert names(tmp_path) == ["seed_0.json"]
 
 
@@ -91,14 +91,14 @@ def test_files_with_other_names_are_not_removed(save, tmp_path):
 WRITER = """
 import os, sys, time
 from pathlib import Path
-from sb3_scratch_dqn.bench.run.grid import write
+from sb3_scratch_dqn.bench.run.grid import write_result
 
 def wait(_):
     print("writing", flush=True)
     time.sleep(600)
 
 os.fsync = wait
-write({}, Path(sys.argv[1]))
+write_result({}, Path(sys.argv[1]))
 """
 
 
@@ -108,12 +108,12 @@ def test_a_temporary_file_is_removed_only_after_its_process_was_killed(tmp_path)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "writing\n"
-            grid.write({}, path)
+            grid.write_result({}, path)
             assert len(names(tmp_path)) == 2
         finally:
             process.send_signal(signal.SIGKILL)
     assert len(names(tmp_path)) == 2
-    grid.write({}, path)
+    grid.write_result({}, path)
     assert names(tmp_path) == ["seed_0.json"]
 
 

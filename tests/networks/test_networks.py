@@ -297,7 +297,7 @@ def test_iqn_needs_an_implicit_network():
         def make_q_net(self):
             return Net(**self._update_features_extractor(self.net_args))
 
-    with pytest.raises(ValueError, match="head='iqn' needs a ImplicitQNetwork, not a Net"):
+    with pytest.raises(ValueError, match="head='iqn' needs the class ImplicitQNetwork, not Net"):
         Policy(spaces.Box(-1, 1, (4,)), spaces.Discrete(3), lambda _: 1e-3, head="iqn")
 
 

@@ -1,4 +1,4 @@
-"""A document that is written once and shown as Markdown with pictures beside it, or as one HTML page."""
+"""A document with two renderings: Markdown with separate picture files, and one HTML page."""
 
 import base64
 import html
@@ -22,9 +22,9 @@ pre { padding: .75rem; overflow-x: auto; }
 
 @dataclass
 class Document:
-    """Parts, each with a form in Markdown and one in HTML. Texts may have `code` and **bold** in them.
+    """A sequence of parts, each rendered as Markdown and as HTML. Texts may contain `code` and **bold**.
 
-    :param title: of the page
+    :param title: the title of the page
     """
 
     title: str
@@ -33,26 +33,26 @@ class Document:
     _html: list[str] = field(default_factory=list)
 
     def heading(self, text: str) -> None:
-        """Begin a section."""
+        """Add the heading of a section."""
         self._add(f"## {text}", f"<h2>{_inline(text)}</h2>")
 
     def paragraph(self, text: str) -> None:
-        """Say something."""
+        """Add a paragraph."""
         self._add(text, f"<p>{_inline(text)}</p>")
 
     def items(self, texts: Sequence[str]) -> None:
-        """Say several things, or nothing."""
+        """Add a bullet list, or nothing if there are no texts."""
         if not texts:
             return
-        listed = "".join(f"<li>{_inline(text)}</li>\n" for text in texts)
-        self._add("\n".join(f"- {text}" for text in texts), f"<ul>\n{listed}</ul>")
+        items = "".join(f"<li>{_inline(text)}</li>\n" for text in texts)
+        self._add("\n".join(f"- {text}" for text in texts), f"<ul>\n{items}</ul>")
 
     def code(self, text: str) -> None:
-        """Show something to be typed."""
+        """Add shell commands."""
         self._add(f"```sh\n{text}\n```", f"<pre>{html.escape(text)}</pre>")
 
     def table(self, header: list[str], rows: list[list[str]]) -> None:
-        """Show numbers."""
+        """Add a table."""
 
         def row(cells: Sequence[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{_inline(cell)}</{tag}>" for cell in cells) + "</tr>\n"
@@ -61,18 +61,18 @@ class Document:
         self._add(table(header, rows), f"<table>\n<thead>{row(header, 'th')}</thead>\n<tbody>{body}</tbody>\n</table>")
 
     def picture(self, name: str, png: bytes, caption: str) -> None:
-        """Show a figure.
+        """Add a picture.
 
-        :param name: of its file, without a suffix
-        :param png: the file
-        :param caption: what is to be seen; also for those who do not see it
+        :param name: the name of its file, without a suffix
+        :param png: the content of the file
+        :param caption: its caption and alternative text
         """
         self.pictures[f"{name}.png"] = png
         source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-        plain = html.escape(caption, quote=True)
+        alt = html.escape(caption, quote=True)
         self._add(
             f"![{caption}]({name}.png)\n\n*{caption}*",
-            f'<figure><img src="{source}" alt="{plain}"><figcaption>{_inline(caption)}</figcaption></figure>',
+            f'<figure><img src="{source}" alt="{alt}"><figcaption>{_inline(caption)}</figcaption></figure>',
         )
 
     def _add(self, markdown: str, as_html: str) -> None:
@@ -80,11 +80,11 @@ class Document:
         self._html.append(as_html)
 
     def markdown(self) -> str:
-        """All of it as Markdown."""
+        """Render the document as Markdown."""
         return "\n\n".join([f"# {self.title}", *self._markdown]) + "\n"
 
     def html(self) -> str:
-        """All of it as one page, pictures included."""
+        """Render the document as one HTML page with embedded pictures."""
         body = "\n".join(self._html)
         title = html.escape(self.title)
         return (
@@ -93,15 +93,16 @@ class Document:
             f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
         )
 
-    def save(self, folder: Path, own: re.Pattern[str]) -> None:
+    def save(self, folder: Path, picture_names: re.Pattern[str]) -> None:
         """Write ``report.md``, its pictures, and ``report.html``.
 
-        :param folder: is made if it is not there
-        :param own: the names of all pictures that it might have; those that it has not, but had before, are removed
+        :param folder: the output folder; created if it does not exist
+        :param picture_names: matches the names of all pictures that a report can have; matching files in the folder
+            that this document does not have are removed
         """
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("*.png"):
-            if own.fullmatch(path.name) and path.name not in self.pictures:
+            if picture_names.fullmatch(path.name) and path.name not in self.pictures:
                 path.unlink()
         for name, png in self.pictures.items():
             (folder / name).write_bytes(png)

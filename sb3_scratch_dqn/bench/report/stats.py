@@ -1,13 +1,14 @@
 r"""The statistics of a comparison, after Agarwal et al. 2021 (https://arxiv.org/abs/2108.13264).
 
-Scores come as a list with one array for each task (environment), ``(..., N)`` for ``N`` runs; tasks may differ in their
-number of runs. Leading axes are those of a bootstrap. Intervals are those of the percentile bootstrap at 95%, in which
-the runs of each task are drawn anew (stratified). Everything random comes from a generator with a fixed seed, so the
-same scores give the same figures.
+Scores are a list with one array per task (environment), ``(..., N)`` for ``N`` runs; tasks may differ in their number
+of runs. Leading axes are bootstrap resamples. Intervals are 95% percentile bootstrap intervals, stratified: the runs of
+each task are resampled separately. All random numbers come from a generator with a fixed seed, so the same scores give
+the same results.
 
-Whether one algorithm is better than another is not read off overlapping intervals, which are too narrow for a handful
-of runs, but tested (:func:`compare`): with runs of equal distribution, whatever that is, the test calls one of them
-better in at most 5% of comparisons, and with five runs or more in hardly more where only the spread differs.
+Overlapping intervals do not decide whether one algorithm is better than another, because intervals of a handful of runs
+are too narrow. A permutation test does (:func:`compare`): if the runs of two algorithms have equal distributions, of
+any shape, at most 5% of comparisons call one of them better. If only the spread differs, hardly more than that do, with
+five or more runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,19 +23,19 @@ from scipy.stats import trim_mean
 
 Array = npt.NDArray[np.float64]
 
-# Scores of all runs, task by task
+# The scores of all runs, one array per task
 Scores = Sequence[Array]
 
 _SEED = 0
 _RESAMPLES = 5_000
-_MOST_ARRANGEMENTS = 200_000  # up to which all are looked at, as those of ten runs and ten
+_MAX_ARRANGEMENTS = 200_000  # up to this number all are enumerated, such as those of ten and ten runs
 _SHUFFLES = 100_000
-_SHUFFLES_AT_ONCE = 10_000
+_SHUFFLES_PER_CHUNK = 10_000
 _LEVEL = 0.95
 
 
 class Estimate(NamedTuple):
-    """A figure and its interval at 95%; arrays of the same shape, or numbers."""
+    """A statistic and its 95% interval: arrays of the same shape, or numbers."""
 
     value: Array
     low: Array
@@ -42,74 +43,76 @@ class Estimate(NamedTuple):
 
 
 def iqm(scores: Array, axis: int = -1) -> Array:
-    """The interquartile mean: without the lowest and the highest quarter of the runs.
+    """Compute the interquartile mean: the mean without the lowest and the highest quarter of the runs.
 
-    :param scores: with the runs along ``axis``
-    :param axis: which one that is
+    :param scores: the scores
+    :param axis: the axis of the runs
     """
     return np.asarray(trim_mean(scores, 0.25, axis=axis))
 
 
 def pooled_iqm(scores: Scores) -> Array:
-    """The interquartile mean of the runs of all tasks together, in which each task has the same weight.
+    """Compute the interquartile mean of the runs of all tasks together, with the same weight for each task.
 
-    :param scores: normalised, so that those of different tasks may be compared
+    :param scores: normalised scores, so that tasks can be pooled
     """
     pooled = np.concatenate(list(scores), axis=-1)
     counts = [task.shape[-1] for task in scores]
     if len(set(counts)) == 1:
         return iqm(pooled)
-    # Each run has a share of what is ranked, of which the lowest and the highest quarter are left out
-    shares = np.concatenate([np.full(count, 1 / count / len(counts)) for count in counts])
+    # Each run has a weight; the lowest and the highest quarter of the total weight are left out
+    weights = np.concatenate([np.full(count, 1 / count / len(counts)) for count in counts])
     order = np.argsort(pooled, axis=-1)
-    ends = np.cumsum(shares[order], axis=-1)
-    kept = np.minimum(ends, 0.75) - np.maximum(ends - shares[order], 0.25)
+    ends = np.cumsum(weights[order], axis=-1)
+    kept = np.minimum(ends, 0.75) - np.maximum(ends - weights[order], 0.25)
     return np.asarray(np.sum(np.take_along_axis(pooled, order, axis=-1) * np.maximum(kept, 0), axis=-1) / 0.5)
 
 
 def mean_of_means(scores: Scores) -> Array:
-    """The mean over tasks of the mean over runs.
+    """Compute the mean over tasks of the mean over runs.
 
-    :param scores: likewise
+    :param scores: normalised scores
     """
     return np.asarray(np.mean([task.mean(axis=-1) for task in scores], axis=0))
 
 
 def median_of_means(scores: Scores) -> Array:
-    """The median over tasks of the mean over runs.
+    """Compute the median over tasks of the mean over runs.
 
-    :param scores: likewise
+    :param scores: normalised scores
     """
     return np.asarray(np.median([task.mean(axis=-1) for task in scores], axis=0))
 
 
 def optimality_gap(scores: Scores) -> Array:
-    """How far runs fall short of 1, the mean over tasks; what is above 1 does not make up for it.
+    """Compute by how much runs fall short of a score of 1, the mean over tasks; scores above 1 count as 1.
 
-    :param scores: likewise
+    :param scores: normalised scores
     """
     return np.asarray(np.mean([(1 - np.minimum(task, 1)).mean(axis=-1) for task in scores], axis=0))
 
 
 def probability_of_improvement(ours: Scores, theirs: Scores) -> Array:
-    """The probability that a run of ours scores higher than one of theirs, the mean over tasks; ties count half.
+    """Compute the probability that a run of ours scores higher than a run of theirs, the mean over tasks.
 
-    :param ours: of one algorithm
-    :param theirs: of another, in the same tasks
+    Ties count half.
+
+    :param ours: scores of one algorithm
+    :param theirs: scores of another algorithm in the same tasks
     """
-    return np.asarray(np.mean([_share_of_wins(a, b) for a, b in zip(ours, theirs, strict=True)], axis=0))
+    return np.asarray(np.mean([_win_rate(a, b) for a, b in zip(ours, theirs, strict=True)], axis=0))
 
 
-def _share_of_wins(ours: Array, theirs: Array) -> Array:
-    """The same for one task."""
+def _win_rate(ours: Array, theirs: Array) -> Array:
+    """Compute the probability of improvement in one task."""
     differences = ours[..., :, None] - theirs[..., None, :]
     return np.asarray((np.sign(differences).mean(axis=(-2, -1)) + 1) / 2)
 
 
 def profile(scores: Scores, thresholds: Array) -> Array:
-    """The share of runs that score above a threshold, the mean over tasks.
+    """Compute the share of runs that score above each threshold, the mean over tasks.
 
-    :param scores: of one algorithm
+    :param scores: scores of one algorithm
     :param thresholds: ``(K,)``
     :return: ``(..., K)``
     """
@@ -120,22 +123,30 @@ def profile(scores: Scores, thresholds: Array) -> Array:
 
 
 def interval(scores: Scores, statistic: Callable[[Scores], Array], resamples: int = _RESAMPLES) -> Estimate:
-    """A statistic, and what it would be with other runs.
+    """Compute a statistic and its bootstrap interval.
 
-    :param scores: of one algorithm, or of several behind each other
-    :param statistic: one of those above, or the like
-    :param resamples: how often runs are drawn anew
+    :param scores: scores of one algorithm, or those of several algorithms concatenated
+    :param statistic: a function of scores, such as :func:`pooled_iqm`
+    :param resamples: number of bootstrap resamples
     """
     rng = np.random.default_rng(_SEED)
-    drawn = [task[rng.integers(len(task), size=(resamples, len(task)))] for task in scores]
-    return _estimate(statistic(scores), statistic(drawn))
+    resampled = [task[rng.integers(len(task), size=(resamples, len(task)))] for task in scores]
+    return _estimate(statistic(scores), statistic(resampled))
+
+
+def iqm_interval(scores: Array) -> Estimate:
+    """Compute the interquartile mean of the runs of one task and its bootstrap interval.
+
+    :param scores: ``(N,)``
+    """
+    return interval([scores], lambda resampled: iqm(resampled[0]))
 
 
 def curve_interval(returns: Array, resamples: int = _RESAMPLES) -> Estimate:
-    """The interquartile mean at each evaluation, and its interval.
+    """Compute the interquartile mean at each evaluation and its bootstrap interval.
 
     :param returns: ``(N, T)`` for ``N`` runs and ``T`` evaluations
-    :param resamples: how often runs are drawn anew
+    :param resamples: number of bootstrap resamples
     :return: each ``(T,)``
     """
     rng = np.random.default_rng(_SEED)
@@ -143,21 +154,23 @@ def curve_interval(returns: Array, resamples: int = _RESAMPLES) -> Estimate:
     return _estimate(iqm(returns, axis=0), iqm(returns[rows], axis=1))
 
 
-def _estimate(value: Array, drawn: Array) -> Estimate:
-    low, high = np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
+def _estimate(value: Array, resampled: Array) -> Estimate:
+    low, high = np.quantile(resampled, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
     return Estimate(value, low, high)
 
 
 def improvement(ours: Scores, theirs: Scores, resamples: int = _RESAMPLES) -> Estimate:
-    """The probability of improvement, and its interval.
+    """Compute the probability of improvement and its bootstrap interval.
 
-    :param ours: of one algorithm
-    :param theirs: of another, in the same tasks
-    :param resamples: how often runs are drawn anew
+    :param ours: scores of one algorithm
+    :param theirs: scores of another algorithm in the same tasks
+    :param resamples: number of bootstrap resamples
     """
     n_tasks = len(ours)
     return interval(
-        [*ours, *theirs], lambda drawn: probability_of_improvement(drawn[:n_tasks], drawn[n_tasks:]), resamples
+        [*ours, *theirs],
+        lambda scores: probability_of_improvement(scores[:n_tasks], scores[n_tasks:]),
+        resamples,
     )
 
 
@@ -165,16 +178,16 @@ def improvement(ours: Scores, theirs: Scores, resamples: int = _RESAMPLES) -> Es
 
 
 class Verdict(NamedTuple):
-    """What a comparison of two algorithms says.
+    """The result of a comparison of two algorithms.
 
-    :param improvement: the probability that a run of the first one is better, with its interval
-    :param p: of runs that differ as clearly, if neither algorithm were better
-    :param lowest_p: the lowest that ``p`` can be with so many runs
+    :param improvement: the probability of improvement and its interval
+    :param p: the p-value: the probability of a difference at least as clear if the algorithms were equal
+    :param min_p: the lowest p-value that is possible with this number of runs
     """
 
     improvement: Estimate
     p: float
-    lowest_p: float
+    min_p: float
 
     @property
     def word(self) -> str:
@@ -184,115 +197,119 @@ class Verdict(NamedTuple):
         return "better" if self.improvement.value > 0.5 else "worse"
 
     @property
-    def possible(self) -> bool:
-        """Whether there are enough runs for any difference to be seen."""
-        return self.lowest_p <= 1 - _LEVEL
+    def enough_runs(self) -> bool:
+        """Whether there are enough runs for a difference to be significant."""
+        return self.min_p <= 1 - _LEVEL
 
 
 def compare(ours: Scores, theirs: Scores, resamples: int = _RESAMPLES, shuffles: int | None = None) -> Verdict:
-    """Test whether one algorithm is better than another: a permutation test, two-sided.
+    """Test whether one algorithm is better than another, with a two-sided permutation test.
 
-    Its statistic is the probability of improvement over its standard error (Neubert & Brunner 2007,
-    https://doi.org/10.1016/j.csda.2006.05.024); which algorithm a run belongs to is permuted within each task. Without
-    the standard error, an algorithm that is only less steady than another would often be called better or worse. It
-    takes about five runs of each for that; with four, up to 13% of those that differ in spread alone still are.
+    The test statistic is the probability of improvement divided by its standard error (Neubert & Brunner 2007,
+    https://doi.org/10.1016/j.csda.2006.05.024). The assignment of runs to algorithms is permuted within each task.
+    Without the standard error, an algorithm that only has a larger spread than another would often be called better or
+    worse. The correction needs about five runs of each algorithm; with four, up to 13% of pairs that differ only in
+    spread are still called better or worse.
 
-    :param ours: of one algorithm
-    :param theirs: of another, in the same tasks
-    :param resamples: how often runs are drawn anew for the interval
-    :param shuffles: how often they are shuffled where they cannot be arranged in all ways; ``None`` for so often that
-        ``p`` is known to 0.002 near the level
-    :raises ValueError: if a score is no number
+    :param ours: scores of one algorithm
+    :param theirs: scores of another algorithm in the same tasks
+    :param resamples: number of bootstrap resamples for the interval
+    :param shuffles: number of random permutations if there are too many to enumerate; ``None`` for enough to know ``p``
+        to 0.002 near the level
+    :raises ValueError: if a score is not finite
     """
     if not all(np.isfinite(task).all() for task in (*ours, *theirs)):
         raise ValueError("scores must be finite numbers")
     tasks = [_Task(a, b) for a, b in zip(ours, theirs, strict=True)]
-    # Less than nothing: sums that are the same may come out differently in their last bits
-    seen = np.abs(_clearness([task.seen() for task in tasks])) * (1 - 1e-9)
-    arrangements = prod(task.n_arrangements for task in tasks)
-    if arrangements <= _MOST_ARRANGEMENTS:
-        p = float(np.mean(_clearness_of_all([task.arranged() for task in tasks]) >= seen))
+    # Slightly reduced, because equal sums may differ in their last bits
+    observed = np.abs(_test_statistic([task.observed() for task in tasks])) * (1 - 1e-9)
+    n_arrangements = prod(task.n_arrangements for task in tasks)
+    if n_arrangements <= _MAX_ARRANGEMENTS:
+        p = float(np.mean(_all_test_statistics([task.enumerated() for task in tasks]) >= observed))
     else:
-        rng, shuffles, as_much = np.random.default_rng(_SEED), shuffles or _SHUFFLES, 0
-        for begin in range(0, shuffles, _SHUFFLES_AT_ONCE):
-            count = min(_SHUFFLES_AT_ONCE, shuffles - begin)
-            shuffled = np.abs(_clearness([task.shuffled(count, rng) for task in tasks]))
-            as_much += int(np.count_nonzero(shuffled >= seen))
-        # The arrangement that was seen is one of them, which keeps the test from being too sure of itself
-        p = (1 + as_much) / (1 + shuffles)
-    return Verdict(improvement(ours, theirs, resamples), p, 2 / arrangements)
+        rng, shuffles, n_extreme = np.random.default_rng(_SEED), shuffles or _SHUFFLES, 0
+        for start in range(0, shuffles, _SHUFFLES_PER_CHUNK):
+            count = min(_SHUFFLES_PER_CHUNK, shuffles - start)
+            shuffled = np.abs(_test_statistic([task.shuffled(count, rng) for task in tasks]))
+            n_extreme += int(np.count_nonzero(shuffled >= observed))
+        # The observed arrangement counts as one of them, which keeps the test valid (p is never too small)
+        p = (1 + n_extreme) / (1 + shuffles)
+    return Verdict(improvement(ours, theirs, resamples), p, 2 / n_arrangements)
 
 
-# The advantage of ours, which is how far the probability of improvement is from 1/2, and its variance; an array each
+# The advantage of ours, which is the probability of improvement minus 1/2, and its variance; one array each
 _Advantage = tuple[Array, Array]
 
 
-def _clearness(advantages: Sequence[_Advantage]) -> Array:
-    """How far the mean advantage over tasks is from 0, in standard errors."""
+def _test_statistic(advantages: Sequence[_Advantage]) -> Array:
+    """Compute the mean advantage over tasks, in standard errors."""
     advantage, variance = (np.sum(parts, axis=0) for parts in zip(*advantages, strict=True))
     return np.asarray(advantage / np.sqrt(variance))
 
 
-def _clearness_of_all(advantages: Sequence[_Advantage]) -> Array:
-    """The same, without its sign, of each arrangement of one task with each of the others."""
+def _all_test_statistics(advantages: Sequence[_Advantage]) -> Array:
+    """Compute the absolute test statistic of every combination of one arrangement per task."""
     advantage, variance = np.zeros(1), np.zeros(1)
-    for more, its_variance in advantages:
-        advantage = np.add.outer(advantage, more).ravel()
-        variance = np.add.outer(variance, its_variance).ravel()
-    return np.abs(_clearness([(advantage, variance)]))
+    for task_advantage, task_variance in advantages:
+        advantage = np.add.outer(advantage, task_advantage).ravel()
+        variance = np.add.outer(variance, task_variance).ravel()
+    return np.abs(_test_statistic([(advantage, variance)]))
 
 
 class _Task:
-    """The runs of two algorithms in one task, of which it is known which win over which."""
+    """The runs of two algorithms in one task, and which run scores higher than which.
+
+    An arrangement assigns each run to one of the algorithms.
+    """
 
     def __init__(self, ours: Array, theirs: Array) -> None:
-        together = np.concatenate([ours, theirs])
-        # In the order of their scores, so that nothing depends on which algorithm, or run, comes first
-        order = np.argsort(together, kind="stable")
+        scores = np.concatenate([ours, theirs])
+        # Sorted, so that the result does not depend on the order of the algorithms or runs
+        order = np.argsort(scores, kind="stable")
         self._is_ours = (order < len(ours)).astype(float)
-        together = together[order]
-        # Of each run over each other one: 1 for a win, 1/2 for a tie
-        self._wins = (np.sign(together[:, None] - together) + 1) / 2
-        self._n, self._n_fewer = len(together), min(len(ours), len(theirs))
-        self.n_arrangements = comb(self._n, self._n_fewer)
-        # Less than any variance but 0, which it would have where one algorithm wins always; then nothing but the number
-        # of such tasks would tell arrangements of several tasks apart
-        self._least_variance = (2 * len(ours) * len(theirs)) ** -2
+        scores = scores[order]
+        # Of each run over each other run: 1 for a win, 1/2 for a tie
+        self._wins = (np.sign(scores[:, None] - scores) + 1) / 2
+        self._n, self._n_smaller = len(scores), min(len(ours), len(theirs))
+        self.n_arrangements = comb(self._n, self._n_smaller)
+        # Less than any variance except 0, which occurs if all runs of one algorithm win. With a variance of 0, only the
+        # number of such tasks would distinguish arrangements of several tasks
+        self._min_variance = (2 * len(ours) * len(theirs)) ** -2
 
-    def seen(self) -> _Advantage:
-        """How it is."""
+    def observed(self) -> _Advantage:
+        """Return the advantage as observed."""
         return self._advantage(self._is_ours[None])
 
-    def arranged(self) -> _Advantage:
-        """How it would be for each choice of as many runs."""
+    def enumerated(self) -> _Advantage:
+        """Return the advantages of all arrangements."""
         chosen = np.zeros((self.n_arrangements, self._n))
-        np.put_along_axis(chosen, _choices(self._n, self._n_fewer), 1, axis=1)
+        np.put_along_axis(chosen, _choices(self._n, self._n_smaller), 1, axis=1)
         return self._advantage(chosen)
 
     def shuffled(self, count: int, rng: np.random.Generator) -> _Advantage:
-        """How it would be where it was drawn by lot which runs are whose, ``(count,)`` each."""
+        """Return the advantages of random arrangements, ``(count,)`` each."""
         chosen = np.zeros((count, self._n))
-        chosen[:, : self._n_fewer] = 1
+        chosen[:, : self._n_smaller] = 1
         return self._advantage(rng.permuted(chosen, axis=1))
 
     def _advantage(self, is_ours: Array) -> _Advantage:
-        """The same for rows that say which runs are ours, ``(K, N)``."""
+        """Return the advantages of arrangements: 1 for runs of ours and 0 for runs of theirs, ``(K, N)``."""
         n_ours = is_ours[0].sum()
         over_theirs = (1 - is_ours) @ self._wins.T / (self._n - n_ours)  # the share of theirs that a run wins over
         under_ours = is_ours @ self._wins / n_ours  # the share of ours that win over a run
         probability = np.sum(is_ours * over_theirs, axis=1) / n_ours
         variance = _variance(over_theirs, is_ours, probability) + _variance(under_ours, 1 - is_ours, probability)
-        return probability - 0.5, np.maximum(variance, self._least_variance)
+        return probability - 0.5, np.maximum(variance, self._min_variance)
 
 
 @cache
 def _choices(n: int, k: int) -> npt.NDArray[np.int64]:
-    """All ways to choose ``k`` of ``n`` places, ``(K, k)``."""
+    """Return all ways to choose ``k`` of ``n`` indices, ``(K, k)``."""
     return np.array(list(combinations(range(n), k)))
 
 
 def _variance(shares: Array, chosen: Array, mean: Array) -> Array:
-    """Of the mean of the chosen shares, which each vary by themselves."""
+    """Compute the variance of the mean of the chosen shares, which vary independently."""
     count = chosen[0].sum()
     squares = np.sum(chosen * (shares - mean[:, None]) ** 2, axis=1)
     return np.asarray(squares / max(count - 1, 1) / count)

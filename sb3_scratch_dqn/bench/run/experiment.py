@@ -1,7 +1,6 @@
-"""One run of a comparison, in a process of its own: ``python -m sb3_scratch_dqn.bench.run.experiment``, run on stdin.
+"""One run of a comparison, in its own process: ``python -m sb3_scratch_dqn.bench.run.experiment``, the run on stdin.
 
-A process of its own gives each run clean random generators and a peak of memory that is its own, and whatever ends it
-ends nothing else.
+A separate process gives each run fresh random generators and its own peak memory, and a crash ends only this run.
 """
 
 import importlib
@@ -22,19 +21,27 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
-from sb3_scratch_dqn.bench.machine import end_with, origin, peak_memory
-from sb3_scratch_dqn.bench.run.plan import FORMAT, Run, evaluation_steps, experiment, hyperparameters, split, zoo
+from sb3_scratch_dqn.bench.machine import exit_with_parent, peak_memory, provenance
+from sb3_scratch_dqn.bench.run.plan import (
+    FILE_FORMAT,
+    Run,
+    evaluation_steps,
+    import_zoo,
+    json_hyperparameters,
+    load_settings,
+    split_algo,
+)
 
-# Evaluation must not see the episodes that training sees
+# Added to the seed of the run: evaluation must not use the episodes of training
 _EVALUATION_SEED = 1_000_000
 
 
-class Evaluate(BaseCallback):
-    """Evaluates at fixed steps, and keeps the clock of the training, which stands still meanwhile.
+class EvaluationCallback(BaseCallback):
+    """Evaluate at fixed steps, and measure the training time without the evaluations.
 
-    :param env: the environment to evaluate in
-    :param steps: after which to evaluate
-    :param episodes: of each evaluation
+    :param env: the evaluation environment
+    :param steps: the environment steps after which to evaluate
+    :param episodes: episodes per evaluation
     :param deterministic: whether the agent acts greedily
     """
 
@@ -44,23 +51,23 @@ class Evaluate(BaseCallback):
         names = ("steps", "seconds", "cpu_seconds", "returns", "lengths", "steps_taken")
         self.curve: dict[str, list[Any]] = {name: [] for name in names}
         self.training_seconds = 0.0
-        self._begin = 0.0
-        self._cpu_begin = 0.0
+        self._start = 0.0
+        self._cpu_start = 0.0
 
     def _on_training_start(self) -> None:
-        self._begin, self._cpu_begin = time.perf_counter(), time.process_time()
+        self._start, self._cpu_start = time.perf_counter(), time.process_time()
         self._evaluate()
 
     def _on_step(self) -> bool:
-        # The last evaluation is made when training has ended, after the last update; but what learns from whole
-        # rollouts may take many steps more until then
-        now = len(self.steps) - (0 if isinstance(self.model, OnPolicyAlgorithm) else 1)
-        while len(self.curve["steps"]) < now and self.num_timesteps >= self.steps[len(self.curve["steps"])]:
+        # The last evaluation follows the last update, at the end of training. On-policy algorithms are the exception:
+        # they may take many more steps to complete a rollout
+        due = len(self.steps) - (0 if isinstance(self.model, OnPolicyAlgorithm) else 1)
+        while len(self.curve["steps"]) < due and self.num_timesteps >= self.steps[len(self.curve["steps"])]:
             self._evaluate()
         return True
 
     def _on_training_end(self) -> None:
-        self.training_seconds = round(time.perf_counter() - self._begin, 3)
+        self.training_seconds = round(time.perf_counter() - self._start, 3)
         if self.num_timesteps < self.steps[-1]:
             raise RuntimeError(f"training ended after {self.num_timesteps:,} of {self.steps[-1]:,} steps")
         while len(self.curve["steps"]) < len(self.steps):
@@ -68,12 +75,12 @@ class Evaluate(BaseCallback):
 
     def _evaluate(self) -> None:
         now, cpu_now = time.perf_counter(), time.process_time()
-        # Of NumPy and torch; the same run without evaluations is to be the same
-        states = np.random.get_state(), th.get_rng_state()
+        # Restored below, because evaluations must not change the training
+        numpy_state, torch_state = np.random.get_state(), th.get_rng_state()
         if self.model.get_vec_normalize_env() is not None:
             sync_envs_normalization(self.training_env, self.env)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of environments that are not monitored, which these are
+            warnings.simplefilter("ignore", UserWarning)  # the evaluation environment has no Monitor wrapper
             returns, lengths = evaluate_policy(
                 self.model,
                 self.env,
@@ -81,102 +88,104 @@ class Evaluate(BaseCallback):
                 deterministic=self.deterministic,
                 return_episode_rewards=True,
             )
-        np.random.set_state(states[0])
-        th.set_rng_state(states[1])
+        np.random.set_state(numpy_state)
+        th.set_rng_state(torch_state)
         if not np.isfinite(returns).all():
-            raise ValueError(f"an evaluation after {self.num_timesteps:,} steps gave the returns {returns}")
+            raise ValueError(
+                f"returns must be finite, but an evaluation after {self.num_timesteps:,} steps gave {returns}"
+            )
         values = (
             self.steps[len(self.curve["steps"])],
-            round(now - self._begin, 3),
-            round(cpu_now - self._cpu_begin, 3),
-            [round(float(one), 6) for one in returns],  # type: ignore[union-attr]  # a list, as one of each episode was asked for
-            [int(one) for one in lengths],  # type: ignore[union-attr]  # likewise
+            round(now - self._start, 3),
+            round(cpu_now - self._cpu_start, 3),
+            [round(float(value), 6) for value in returns],  # type: ignore[union-attr]  # a list with return_episode_rewards
+            [int(length) for length in lengths],  # type: ignore[union-attr]  # likewise
             self.num_timesteps,
         )
         for column, value in zip(self.curve.values(), values, strict=True):
             column.append(value)
-        self._begin += time.perf_counter() - now
-        self._cpu_begin += time.process_time() - cpu_now
+        self._start += time.perf_counter() - now
+        self._cpu_start += time.process_time() - cpu_now
 
 
 def train(run: Run) -> dict[str, Any]:
     """Train and evaluate.
 
-    :param run: what to train
-    :return: what is known of it, ready for JSON
+    :param run: the run
+    :return: its results, ready for JSON
     """
     for package in run.gym_packages:
         importlib.import_module(package)
     if run.device == "cpu":
-        # The same file again, should the run be repeated: no kernel is chosen by the clock
+        # A repeated run must give the same file, so kernels must not be chosen by timing
         th.use_deterministic_algorithms(True, warn_only=True)
-        th.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is made so
+        th.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set dynamically by torch
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        manager, as_in_file, settings = experiment(run, folder)
+        manager, file_settings, settings = load_settings(run, folder)
         env = manager.create_envs(manager.n_envs, no_log=True)
-        settings = manager._preprocess_action_noise(settings, as_in_file, env)
+        settings = manager._preprocess_action_noise(settings, file_settings, env)
         eval_env = manager.create_envs(1, eval_env=True, no_log=True)
         eval_env.seed(_EVALUATION_SEED + run.seed)
-        name, _ = split(run.algo)
-        model = zoo().ALGOS[name](env=env, seed=run.seed, verbose=0, device=run.device, **settings)
+        name, _ = split_algo(run.algo)
+        model = import_zoo().ALGOS[name](env=env, seed=run.seed, verbose=0, device=run.device, **settings)
         steps = evaluation_steps(run.n_timesteps, run.n_evaluations)
-        evaluate = Evaluate(eval_env, steps, run.eval_episodes, manager.deterministic_eval)
-        model.learn(run.n_timesteps, callback=[*manager.callbacks, evaluate])
+        evaluation = EvaluationCallback(eval_env, steps, run.eval_episodes, manager.deterministic_eval)
+        model.learn(run.n_timesteps, callback=[*manager.callbacks, evaluation])
         env.close()
         eval_env.close()
     return {
         "settings": {
-            **run.conditions(),
+            **run.common_settings(),
             "deterministic_evaluation": manager.deterministic_eval,
-            "hyperparameters": hyperparameters(as_in_file),
+            "hyperparameters": json_hyperparameters(file_settings),
         },
-        "reward_threshold": gym.spec(run.env).reward_threshold,  # at which the environment counts as solved
+        "reward_threshold": gym.spec(run.env).reward_threshold,  # the return at which the environment counts as solved
         "engine": getattr(getattr(model, "_engine", None), "title", None),
-        "curve": evaluate.curve,
-        "steps_taken": model.num_timesteps,  # algorithms may go on to the end of a rollout
-        "training_seconds": evaluate.training_seconds,
-        "steps_per_second": round(model.num_timesteps / evaluate.training_seconds, 1),
+        "curve": evaluation.curve,
+        "steps_taken": model.num_timesteps,  # algorithms may complete the last rollout
+        "training_seconds": evaluation.training_seconds,
+        "steps_per_second": round(model.num_timesteps / evaluation.training_seconds, 1),
         "peak_memory_bytes": peak_memory(),
     }
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """Say what a run is and where it took place, ready for JSON.
+    """Return the identity and the provenance of a run, ready for JSON.
 
     :param run: the run
     """
     return {
-        "format": FORMAT,
+        "format": FILE_FORMAT,
         "algo": run.algo,
         "env": run.env,
         "seed": run.seed,
-        **origin(run.device),
+        **provenance(run.device),
     }
 
 
 def main() -> None:
-    """Read a run from stdin, train, and write what is known of it to an open file.
+    """Read a run from stdin, train, and write its results as JSON to an open file.
 
-    The command line has two numbers: the id of the process that started this one, and the file's descriptor.
+    The command line has two numbers: the id of the parent process, and the descriptor of the file.
     """
-    parent, answer = map(int, sys.argv[1:])
-    end_with(parent)
-    os.set_inheritable(answer, False)
+    parent, result_fd = map(int, sys.argv[1:])
+    exit_with_parent(parent)
+    os.set_inheritable(result_fd, False)
     fields = json.loads(sys.stdin.read())
     run = Run(**{**fields, "gym_packages": tuple(fields["gym_packages"])})
     th.set_num_threads(1)
-    begin = time.perf_counter()
-    known = describe(run)
+    start = time.perf_counter()
+    content = describe(run)
     try:
-        known.update(status="done", **train(run))
+        content.update(status="done", **train(run))
     except Exception as error:
-        known.update(status="failed", settings=run.conditions(), error=_told(error))
-    known["wall_seconds"] = round(time.perf_counter() - begin, 1)
-    with open(answer, "w") as file:
-        json.dump(known, file)
+        content.update(status="failed", settings=run.common_settings(), error=_describe_error(error))
+    content["wall_seconds"] = round(time.perf_counter() - start, 1)
+    with open(result_fd, "w") as file:
+        json.dump(content, file)
 
 
-def _told(error: BaseException) -> dict[str, str]:
+def _describe_error(error: BaseException) -> dict[str, str]:
     return {
         "type": type(error).__name__,
         "message": str(error),

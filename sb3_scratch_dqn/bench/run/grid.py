@@ -1,7 +1,7 @@
-"""Many runs, on this machine or on a cluster, that can be stopped and gone on with.
+"""Execute many runs in parallel, on this machine or on a cluster. Interrupted, the same call continues.
 
-joblib hands the runs out, whatever it is that works on them; each run is a process of its own
-(:mod:`sb3_scratch_dqn.bench.run.experiment`), and this process writes the files.
+joblib distributes the runs over a backend. Each run is its own process (:mod:`sb3_scratch_dqn.bench.run.experiment`);
+the process that calls :func:`run_all` writes the files.
 """
 
 import json
@@ -19,137 +19,137 @@ from typing import Any
 
 from joblib import Parallel, delayed, parallel, parallel_config, register_parallel_backend
 
-from sb3_scratch_dqn.bench.machine import ONE_THREAD, end_with, n_cores
-from sb3_scratch_dqn.bench.results import Result, check_place, read_result, result_of
-from sb3_scratch_dqn.bench.run.plan import Run, experiment, hyperparameters
+from sb3_scratch_dqn.bench.machine import ONE_THREAD, exit_with_parent, n_cores
+from sb3_scratch_dqn.bench.results import Result, check_location, parse_result, read_result
+from sb3_scratch_dqn.bench.run.plan import Run, json_hyperparameters, load_settings
 from sb3_scratch_dqn.common.files import atomic_write, remove_stale_temporary
 
 BACKENDS = ("loky", "ray", "dask")
 
-_KEPT_OF_OUTPUT = 4_000  # characters, of a process that broke down
-_READ_AT_ONCE = 2**16  # bytes
-_MOST_READS_OF_A_PIPE = 2**20 // _READ_AT_ONCE  # no pipe holds more than a megabyte
+_MAX_OUTPUT = 4_000  # characters kept of the output of a process that crashed
+_CHUNK_SIZE = 2**16  # bytes per read
+_MAX_READS_AFTER_EXIT = 2**20 // _CHUNK_SIZE  # no pipe holds more than a megabyte
 
 
 def execute(run: Run) -> dict[str, Any]:
-    """Execute a run in a process of its own and wait for it.
+    """Execute a run in its own process and wait for it.
 
     :param run: the run
-    :return: what is known of it, ready for JSON; its status is ``"failed"`` if something went wrong
+    :return: the content of its file, ready for JSON; the status is ``"failed"`` if the run or its process failed
     """
     try:
-        answer, printed, code = _answer(run)
+        answer, output, code = _run_process(run)
     except OSError as error:
         return _failed(run, type(error).__name__, f"its process could not be run: {error}")
     try:
-        known: dict[str, Any] = json.loads(answer)
+        content: dict[str, Any] = json.loads(answer)
     except ValueError:
-        return _failed(run, "ProcessEnded", f"its process ended with code {code}; it printed: {printed}")
-    return known
+        return _failed(run, "ProcessEnded", f"its process ended with code {code}; it printed: {output}")
+    return content
 
 
-def _answer(run: Run) -> tuple[bytes, str, int]:
-    """What the process of a run answers, the last of what it prints, and its exit status."""
-    # Pipes need no room on a disk
-    receiving, sending = os.pipe()
+def _run_process(run: Run) -> tuple[bytes, str, int]:
+    """Return the answer of the process of a run, the end of its output, and its exit status."""
+    # The answer comes through a pipe, because the disk may be full
+    read_end, write_end = os.pipe()
     try:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "sb3_scratch_dqn.bench.run.experiment", str(os.getpid()), str(sending)],
+                [sys.executable, "-m", "sb3_scratch_dqn.bench.run.experiment", str(os.getpid()), str(write_end)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **ONE_THREAD},
                 bufsize=0,
-                pass_fds=[sending],
+                pass_fds=[write_end],
             )
         finally:
-            os.close(sending)
+            os.close(write_end)
         with process:
             try:
                 assert process.stdin is not None
-                with suppress(BrokenPipeError):  # it has ended already
+                with suppress(BrokenPipeError):  # the process has exited already
                     process.stdin.write(json.dumps(asdict(run)).encode())
                 process.stdin.close()
-                answer, printed = _receive(process, receiving)
+                answer, output = _read_pipes(process, read_end)
                 process.wait()
             finally:
                 process.kill()
     finally:
-        os.close(receiving)
-    return answer, printed.decode(errors="replace")[-_KEPT_OF_OUTPUT:], process.returncode
+        os.close(read_end)
+    return answer, output.decode(errors="replace")[-_MAX_OUTPUT:], process.returncode
 
 
-def _receive(process: subprocess.Popen[bytes], answers: int) -> tuple[bytes, bytes]:
-    """Read what comes through the pipes of a process until it has ended, all of the answer and the last of the rest."""
+def _read_pipes(process: subprocess.Popen[bytes], answer_pipe: int) -> tuple[bytes, bytes]:
+    """Read the pipes of a process until it exits; return the whole answer and the end of the output."""
     assert process.stdout is not None
-    output = process.stdout.fileno()
-    received = {answers: b"", output: b""}
-    # Processes that it leaves behind may keep the pipes open, and may go on printing. After its end, only what is in
-    # the pipes already is read
-    reads_after_end = 0
+    output_pipe = process.stdout.fileno()
+    received = {answer_pipe: b"", output_pipe: b""}
+    # Child processes that outlive it may keep the pipes open and continue to print. After its exit, only what the pipes
+    # hold by then is read
+    reads_after_exit = 0
     with selectors.DefaultSelector() as selector:
         for pipe in received:
             selector.register(pipe, selectors.EVENT_READ)
-        while selector.get_map() and reads_after_end < _MOST_READS_OF_A_PIPE:
-            ended = process.poll() is not None
-            ready = selector.select(0 if ended else 0.2)
-            if ended and not ready:
+        while selector.get_map() and reads_after_exit < _MAX_READS_AFTER_EXIT:
+            exited = process.poll() is not None
+            ready = selector.select(0 if exited else 0.2)
+            if exited and not ready:
                 break
-            reads_after_end += ended
+            reads_after_exit += exited
             for pipe in (key.fd for key, _ in ready):
-                chunk = os.read(pipe, _READ_AT_ONCE)
+                chunk = os.read(pipe, _CHUNK_SIZE)
                 if not chunk:
                     selector.unregister(pipe)
                 received[pipe] += chunk
-            received[output] = received[output][-4 * _KEPT_OF_OUTPUT :]  # a character has 4 bytes at most
-    return received[answers], received[output]
+            received[output_pipe] = received[output_pipe][-4 * _MAX_OUTPUT :]  # a character has at most 4 bytes
+    return received[answer_pipe], received[output_pipe]
 
 
 def _failed(run: Run, kind: str, message: str) -> dict[str, Any]:
-    """What is known of a run that left nothing itself."""
+    """Return the content of the file of a run whose process gave no answer."""
     from sb3_scratch_dqn.bench.run.experiment import describe
 
     error = {"type": kind, "message": message, "traceback": ""}
-    known = {**describe(run), "status": "failed", "settings": run.conditions(), "error": error}
-    return dict(json.loads(json.dumps(known)))  # as it would be in the file
+    content = {**describe(run), "status": "failed", "settings": run.common_settings(), "error": error}
+    return dict(json.loads(json.dumps(content)))  # with the types that a file gives
 
 
 @contextmanager
-def _cluster(backend: str, address: str | None, jobs: int | None) -> Iterator[int]:
-    """Let joblib use a backend.
+def _parallel_backend(backend: str, address: str | None, jobs: int | None) -> Iterator[int]:
+    """Make joblib use a backend.
 
     :param backend: one of ``BACKENDS``
-    :param address: of the cluster to join; ``None`` makes one of this machine
-    :param jobs: runs at a time; ``None`` for one a processor
-    :return: runs at a time
+    :param address: the address of the cluster to join; ``None`` starts one on this machine
+    :param jobs: number of parallel runs; ``None`` for one per processor core
+    :return: the number of parallel runs
     """
     if backend not in BACKENDS:
         raise ValueError(f"--backend {backend!r} must be one of {', '.join(BACKENDS)}")
     if backend == "loky" and address is not None:
-        raise ValueError(f"--address {address!r} is of no use to --backend loky, which stays on this machine")
+        raise ValueError(f"--address {address!r} cannot be used with --backend loky, which only uses this machine")
     package = {"loky": "joblib", "ray": "ray", "dask": "distributed"}[backend]
     if find_spec(package) is None:
         raise ValueError(f'--backend {backend} needs {package}: pip install "sb3-scratch-dqn[{backend}]"')
-    cluster = {"loky": _loky, "ray": _ray, "dask": _dask}[backend]
-    with cluster(address, jobs) as at_a_time, parallel_config(backend, n_jobs=at_a_time):
-        yield at_a_time
+    start = {"loky": _loky, "ray": _ray, "dask": _dask}[backend]
+    with start(address, jobs) as n_jobs, parallel_config(backend, n_jobs=n_jobs):
+        yield n_jobs
 
 
 @contextmanager
 def _loky(_: str | None, jobs: int | None) -> Iterator[int]:
-    usual: Any = parallel.BACKENDS["loky"]
+    original: Any = parallel.BACKENDS["loky"]
 
-    class Watching(usual):  # type: ignore[misc]  # joblib has no types
-        # Without this, its processes wait five minutes for another run after this process was killed
+    class ExitWithParent(original):  # type: ignore[misc]  # joblib has no types
+        # Without this, the workers wait five minutes for another run after this process was killed
         def configure(self, *args: Any, **settings: Any) -> Any:
-            return super().configure(*args, **settings, initializer=end_with, initargs=(os.getpid(),))
+            return super().configure(*args, **settings, initializer=exit_with_parent, initargs=(os.getpid(),))
 
-    register_parallel_backend("loky", Watching)
+    register_parallel_backend("loky", ExitWithParent)
     try:
         yield jobs or n_cores()
     finally:
-        register_parallel_backend("loky", usual)
+        register_parallel_backend("loky", original)
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def _ray(address: str | None, jobs: int | None) -> Iterator[int]:
     from ray.util.joblib.ray_backend import RayBackend
 
     class Unordered(RayBackend):  # type: ignore[misc]  # Ray has no types for it
-        # It can give results as they come; what it derives from cannot
+        # Ray's backend can yield results as runs finish, but inherits False from joblib
         supports_return_generator = True
 
     register_parallel_backend("ray", Unordered)
@@ -192,74 +192,110 @@ def run_all(
     jobs: int | None = None,
     retry_failed: bool = False,
 ) -> list[Result]:
-    """Execute the runs that have not been executed yet, telling on stderr how far it is.
+    """Execute the runs that have no file yet, and log the progress on stderr.
 
     :param plan: the runs
     :param out: the folder of results
     :param backend: one of ``BACKENDS``
-    :param address: of the cluster to join; ``None`` makes one of this machine
-    :param jobs: runs at a time; ``None`` for as many as there are processors
-    :param retry_failed: execute those again that failed
+    :param address: the address of the cluster to join; ``None`` starts one on this machine
+    :param jobs: number of parallel runs; ``None`` for one per processor core
+    :param retry_failed: whether to execute failed runs again
     :return: all results, in the order of the plan; a run whose file could not be written is not done
     :raises ValueError: if a file in the folder is broken, or was made with other settings
     """
+    results = _read_existing(plan, out, retry_failed)
+    remaining = [run for run in plan if run not in results]
+    if len(remaining) < len(plan):
+        _log(f"{len(plan) - len(remaining)} of {len(plan)} runs exist already")
+    if not remaining:
+        return [results[run] for run in plan]
+    with _parallel_backend(backend, address, jobs) as n_jobs:
+        _log(f"{len(remaining)} runs to execute, {n_jobs} in parallel; one line per finished run")
+        progress = Progress(plan, results, n_jobs)
+        execute_all = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
+        unwritten: dict[Run, Result] = {}
+        for content in execute_all(delayed(_execute_numbered)(number, run) for number, run in enumerate(remaining)):
+            run = remaining[content.pop("number")]
+            result, write_error = _save(run, content, out)
+            if write_error:
+                _log(f"{out / run.path} {write_error}")
+                unwritten[run] = replace(result, done=False, error=f"its file {write_error}")
+            results[run] = result
+            progress.log(run, result)
+    if unwritten:
+        _log(f"{len(unwritten)} of {len(plan)} runs could not be written; the same command repeats them")
+    return [unwritten.get(run, results[run]) for run in plan]
+
+
+def _read_existing(plan: Sequence[Run], out: Path, retry_failed: bool) -> dict[Run, Result]:
     results: dict[Run, Result] = {}
     for run in plan:
         path = out / run.path
         if path.exists():
             result = read_result(path)
-            check_place(result, out)
-            _check_same(run, result, path)
+            check_location(result, out)
+            _check_settings(run, result, path)
             if result.done or not retry_failed:
                 results[run] = result
-    waiting = [run for run in plan if run not in results]
-    if len(waiting) < len(plan):
-        _tell(f"{len(plan) - len(waiting)} of {len(plan)} runs are there already")
-    if not waiting:
-        return [results[run] for run in plan]
-    with _cluster(backend, address, jobs) as at_a_time:
-        _tell(f"{len(waiting)} to go, {at_a_time} at a time; a line for each that is done")
-        progress = Progress(plan, results, at_a_time)
-        execute_all = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
-        unwritten: dict[Run, Result] = {}
-        for known in execute_all(delayed(_numbered)(number, run) for number, run in enumerate(waiting)):
-            run = waiting[known.pop("number")]
-            try:
-                result = result_of(known, str(out / run.path))
-            except ValueError as error:  # as what another version on a machine of a cluster gives may be refused
-                known = _failed(run, "ValueError", str(error))
-                result = result_of(known, str(out / run.path))
-            try:
-                write(known, out / run.path)
-            except OSError as error:  # a full disk may have room again when the other runs are done
-                told = f"could not be written: {error.strerror or error}"
-                _tell(f"{out / run.path} {told}")
-                unwritten[run] = replace(result, done=False, error=f"its file {told}")
-            results[run] = result
-            progress.finished(run, result)
-    if unwritten:
-        _tell(f"{len(unwritten)} of {len(plan)} runs could not be written; the same command makes them again")
-    return [unwritten.get(run, results[run]) for run in plan]
+    return results
 
 
-def _numbered(number: int, run: Run) -> dict[str, Any]:
+def _check_settings(run: Run, result: Result, path: Path) -> None:
+    """Raise ValueError unless a result was made with the settings of a run."""
+    wanted, found = json.loads(json.dumps(run.common_settings())), dict(result.settings)
+    if result.done:
+        wanted.update(_current_hyperparameters(run.algo, run.env, run.same_settings))
+        found.update(found.pop("hyperparameters"))
+        wanted["deterministic_evaluation"] = found[
+            "deterministic_evaluation"
+        ]  # the Zoo derives it from the environment
+    for name in sorted(wanted.keys() | found.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{path} was made with {name}={found.get(name)!r}, but now {name} is {wanted.get(name)!r}; "
+                "choose another folder with --out, or use the same settings"
+            )
+
+
+@cache
+def _current_hyperparameters(algo: str, env: str, same_settings: str | None) -> dict[str, Any]:
+    run = Run(algo, env, 0, 1, 1, 1, same_settings=same_settings)
+    return json_hyperparameters(load_settings(run, "")[1])
+
+
+def _execute_numbered(number: int, run: Run) -> dict[str, Any]:
     return {**execute(run), "number": number}
 
 
-def write(known: dict[str, Any], path: Path) -> None:
-    """Write the file of a run, all of it or nothing.
+def _save(run: Run, content: dict[str, Any], out: Path) -> tuple[Result, str | None]:
+    """Write the file of a run; return its result, and why it could not be written or ``None``."""
+    path = out / run.path
+    try:
+        result = parse_result(content, str(path))
+    except ValueError as error:  # for example if a machine of the cluster has another version of this package
+        content = _failed(run, "ValueError", str(error))
+        result = parse_result(content, str(path))
+    try:
+        write_result(content, path)
+    except OSError as error:  # not raised: a full disk may have space again when the other runs finish
+        return result, f"could not be written: {error.strerror or error}"
+    return result, None
 
-    :param known: what is known of the run
-    :param path: of the file
+
+def write_result(content: dict[str, Any], path: Path) -> None:
+    """Write the file of a run atomically.
+
+    :param content: the content, ready for JSON
+    :param path: the path of the file
     :raises OSError: if it cannot be written; the error names the file
     """
-    remove_stale_temporary(path.with_suffix(".tmp"))  # of an earlier version
+    remove_stale_temporary(path.with_suffix(".tmp"))  # the temporary name that an earlier version used
     with atomic_write(path) as file:
-        file.write(f"{_readable(known)}\n".encode())
+        file.write(f"{_format_json(content)}\n".encode())
 
 
-def _readable(known: dict[str, Any]) -> str:
-    """JSON with a line for each entry, whatever is in it, and one for each column of the curve."""
+def _format_json(content: dict[str, Any]) -> str:
+    """Return JSON with one line per entry, and lists, such as the columns of the curve, on one line."""
 
     def lines(entries: dict[str, Any], indent: str) -> str:
         parts = [
@@ -273,83 +309,63 @@ def _readable(known: dict[str, Any]) -> str:
         ]
         return ",\n".join(parts)
 
-    return f"{{\n{lines(known, '  ')}\n}}"
+    return f"{{\n{lines(content, '  ')}\n}}"
 
 
-def _check_same(run: Run, result: Result, path: Path) -> None:
-    wanted, found = json.loads(json.dumps(run.conditions())), dict(result.settings)
-    if result.done:
-        wanted.update(_current_hyperparameters(run.algo, run.env, run.same_settings))
-        found.update(found.pop("hyperparameters"))
-        wanted["deterministic_evaluation"] = found["deterministic_evaluation"]  # the Zoo's business
-    for name in sorted(wanted.keys() | found.keys()):
-        if found.get(name) != wanted.get(name):
-            raise ValueError(
-                f"{path} was made with {name}={found.get(name)!r}, and now it is to be {wanted.get(name)!r}; "
-                "choose another folder with --out, or the same settings"
-            )
-
-
-@cache
-def _current_hyperparameters(algo: str, env: str, same_settings: str | None) -> dict[str, Any]:
-    run = Run(algo, env, 0, 1, 1, 1, same_settings=same_settings)
-    return hyperparameters(experiment(run, "")[1])
-
-
-def _tell(text: str) -> None:
-    with suppress(OSError):  # stderr may be a file on a full disk, and the results on another disk
+def _log(text: str) -> None:
+    with suppress(OSError):  # stderr may be a file on a full disk while the results are on another disk
         print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """Tells which runs are done, and how long the others will take.
+    """Log finished runs, and estimate the remaining time.
 
     :param plan: all runs
-    :param results: of those that are done
-    :param jobs: runs at a time
+    :param results: the results of finished runs; the caller adds to them
+    :param jobs: number of parallel runs
     """
 
     def __init__(self, plan: Sequence[Run], results: dict[Run, Result], jobs: int) -> None:
         self._plan, self._results, self._jobs = plan, results, jobs
 
-    def finished(self, run: Run, result: Result) -> None:
-        """Tell that a run is done.
+    def log(self, run: Run, result: Result) -> None:
+        """Log a finished run.
 
-        :param run: the run, which is among the results by now
-        :param result: what came of it
+        :param run: the run, whose result is in ``results``
+        :param result: its result
         """
         width = len(str(len(self._plan)))
         if result.done:
-            told = f"return {result.final:,.1f}, {result.steps_per_second:,.0f} steps/s"
+            outcome = f"return {result.final:,.1f}, {result.steps_per_second:,.0f} steps/s"
         else:
-            told = f"FAILED: {result.error}"
-        _tell(f"[{len(self._results):{width}}/{len(self._plan)}] {run}: {told}; {self._left()}")
+            outcome = f"FAILED: {result.error}"
+        _log(f"[{len(self._results):{width}}/{len(self._plan)}] {run}: {outcome}; {self._remaining_time()}")
 
-    def _left(self) -> str:
-        waiting = [run for run in self._plan if run not in self._results]
-        if not waiting:
+    def _remaining_time(self) -> str:
+        remaining = [run for run in self._plan if run not in self._results]
+        if not remaining:
             return "all done"
-        seconds = sum(map(self._estimate, waiting)) / min(self._jobs, len(waiting))
-        return f"about {_duration(seconds)} left"
+        seconds = sum(map(self._estimate_seconds, remaining)) / min(self._jobs, len(remaining))
+        return f"about {_format_duration(seconds)} left"
 
-    def _estimate(self, run: Run) -> float:
-        """Seconds that a run will take: those of its like, or of what is nearest to it."""
-        for alike in (
-            lambda other: (other.algo, other.env) == (run.algo, run.env),
-            lambda other: other.env == run.env,
-            lambda other: True,
+    def _estimate_seconds(self, run: Run) -> float:
+        """Estimate the duration of a run from finished runs: same algorithm and environment, same environment, any."""
+        for is_similar in (
+            lambda finished: (finished.algo, finished.env) == (run.algo, run.env),
+            lambda finished: finished.env == run.env,
+            lambda finished: True,
         ):
-            a_step = [
-                result.wall_seconds / other.n_timesteps
-                for other, result in self._results.items()
-                if alike(other) and result.done
+            seconds_per_step = [
+                result.wall_seconds / finished.n_timesteps
+                for finished, result in self._results.items()
+                if is_similar(finished) and result.done
             ]
-            if a_step:
-                return run.n_timesteps * sum(a_step) / len(a_step)
+            if seconds_per_step:
+                return run.n_timesteps * sum(seconds_per_step) / len(seconds_per_step)
         return 0.0
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if minutes < 1:
         return f"{seconds:.0f} s"

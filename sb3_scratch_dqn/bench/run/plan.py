@@ -1,7 +1,7 @@
-"""Which runs a comparison is made of: names, settings, and where each run's file lies.
+"""The runs of a comparison: their algorithms, environments, seeds and settings, and the path of each run's file.
 
-A run trains one algorithm with one seed in one environment. An algorithm is named as the Zoo names it, with the
-settings file that it reads behind a colon where that is not the Zoo's own: ``dqn``, ``scratch_dqn:rainbow``,
+A run trains one algorithm in one environment with one seed. Algorithms are named as in the Zoo; a colon separates the
+name from a settings file or preset that replaces the Zoo's own settings: ``dqn``, ``scratch_dqn:rainbow``,
 ``ppo:my_settings.yml``.
 """
 
@@ -12,7 +12,7 @@ import json
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from typing import Any
 import gymnasium as gym
 from huggingface_sb3 import EnvironmentName
 
-# Of the files of runs
-FORMAT = 1
+# The format of the files of runs
+FILE_FORMAT = 1
 
-# What the Zoo itself makes of settings, beside those that the algorithm gets
-_FOR_THE_ZOO = {
+# Settings that the Zoo uses itself and does not pass to the algorithm
+_ZOO_SETTINGS = {
     "callback",
     "env_kwargs",
     "env_wrapper",
@@ -39,23 +39,23 @@ _FOR_THE_ZOO = {
     "vec_env_wrapper",
 }
 
-
-# What a run gives each algorithm itself
-_FROM_THE_COMMAND_LINE = {"device", "env", "seed", "verbose"}
+# Arguments of the algorithm that the command line sets
+_COMMAND_LINE_SETTINGS = {"device", "env", "seed", "verbose"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training, as settings.
+    """One training.
 
-    :param algo: as on the command line, such as ``"scratch_dqn:rainbow"``
-    :param env: the name of the environment
-    :param seed: of everything random
-    :param n_timesteps: environment steps to train for
-    :param n_evaluations: evaluations, evenly spaced, the last at the end; there is one before training too
-    :param eval_episodes: episodes of each
-    :param device: where to train
-    :param same_settings: the algorithm whose settings are read; ``None`` for its own
+    :param algo: the algorithm as on the command line, such as ``"scratch_dqn:rainbow"``
+    :param env: the id of the environment
+    :param seed: the seed of all random generators
+    :param n_timesteps: environment steps of the training
+    :param n_evaluations: number of evaluations during training, evenly spaced, the last at the end; there is one more
+        before training
+    :param eval_episodes: episodes per evaluation
+    :param device: the training device
+    :param same_settings: the algorithm whose settings are used; ``None`` for those of ``algo``
     :param gym_packages: modules that register environments
     """
 
@@ -71,11 +71,11 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """Of its file, in the folder of results."""
+        """The path of its file, relative to the folder of results."""
         return run_path(self.algo, self.env, self.seed)
 
-    def conditions(self) -> dict[str, Any]:
-        """What runs that are compared must have in common."""
+    def common_settings(self) -> dict[str, Any]:
+        """Return the settings that runs must have in common to be compared."""
         return {name: value for name, value in asdict(self).items() if name not in ("algo", "env", "seed")}
 
     def __str__(self) -> str:
@@ -83,86 +83,86 @@ class Run:
 
 
 def run_path(algo: str, env: str, seed: int) -> Path:
-    """Of the file of a run, in the folder of results.
+    """Return the path of the file of a run, relative to the folder of results.
 
-    :param algo: as on the command line
-    :param env: the name of the environment
-    :param seed: of the run
+    :param algo: the algorithm as on the command line
+    :param env: the id of the environment
+    :param seed: the seed of the run
     """
-    return Path(EnvironmentName(env), file_name(algo), f"seed_{seed}.json")
+    return Path(EnvironmentName(env), folder_name(algo), f"seed_{seed}.json")
 
 
-def file_name(algo: str) -> str:
-    """The name of an algorithm as that of a folder.
+def folder_name(algo: str) -> str:
+    """Return the name of the folder for the runs of an algorithm.
 
-    :param algo: as on the command line
+    :param algo: the algorithm as on the command line
     """
-    name, settings = split(algo)
+    name, settings = split_algo(algo)
     return f"{name}-{Path(settings).stem}" if settings else name
 
 
-def split(algo: str) -> tuple[str, str | None]:
-    """The Zoo's name of an algorithm, and the settings file that it is to read, if it is not the Zoo's.
+def split_algo(algo: str) -> tuple[str, str | None]:
+    """Split an algorithm into its name in the Zoo and its settings file, or ``None`` for the Zoo's own settings.
 
-    :param algo: as on the command line
+    :param algo: the algorithm as on the command line
     """
     name, _, settings = algo.partition(":")
     return name, settings or None
 
 
 def evaluation_steps(n_timesteps: int, n_evaluations: int) -> list[int]:
-    """After how many steps a run is evaluated.
+    """Return the environment steps after which a run is evaluated; the first is 0.
 
-    :param n_timesteps: of the run
-    :param n_evaluations: after the first one, which is made before training
+    :param n_timesteps: environment steps of the training
+    :param n_evaluations: number of evaluations, not counting the one before training
     """
     return [round(n_timesteps * count / n_evaluations) for count in range(n_evaluations + 1)]
 
 
-def zoo() -> Any:
-    """The Zoo's part that reads settings and makes environments, knowing ``scratch_dqn``."""
+def import_zoo() -> Any:
+    """Register ``scratch_dqn`` in the Zoo, and return the Zoo's module that reads settings and creates environments."""
     from sb3_scratch_dqn.zoo.registration import register
 
-    register()  # also where the interpreter did not see to it
+    register()  # in case the .pth file was not run at interpreter start
     return importlib.import_module("rl_zoo3.exp_manager")
 
 
-def experiment(run: Run, folder: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def load_settings(run: Run, folder: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Let the Zoo read the settings of a run.
 
     :param run: the run
-    :param folder: for what the Zoo writes
-    :return: its experiment, the settings as they lie in the file, and those that the algorithm gets
+    :param folder: the folder for the Zoo's own output
+    :return: the Zoo's experiment manager, the settings as in the file, and the keyword arguments of the algorithm
     """
-    exp_manager = zoo()
-    name, config = split(run.algo)
-    manager = _manager(exp_manager, name, run, folder, config)
+    exp_manager = import_zoo()
+    name, config = split_algo(run.algo)
+    manager = _experiment_manager(exp_manager, name, run, folder, config)
     if run.same_settings:
-        same, same_config = split(run.same_settings)
-        manager.config = _manager(exp_manager, same, run, folder, same_config).config
-    with redirect_stdout(StringIO()):  # it prints them
-        settings, as_in_file = manager.read_hyperparameters()
-        as_in_file = dict(as_in_file)
+        same_name, same_config = split_algo(run.same_settings)
+        manager.config = _experiment_manager(exp_manager, same_name, run, folder, same_config).config
+    with redirect_stdout(StringIO()):  # the Zoo prints the settings
+        settings, file_settings = manager.read_hyperparameters()
+        file_settings = dict(file_settings)
         processed = manager._preprocess_hyperparams(settings)
     settings, manager.env_wrapper, manager.callbacks, manager.vec_env_wrapper = processed
-    # By default LunarLander is rendered, for nobody, which takes longer than the training
+    # By default environments get a render mode, which makes LunarLander slower than the training; nothing is rendered
     manager.env_kwargs = {"render_mode": None, **manager.env_kwargs}
     manager.eval_env_kwargs = manager.env_kwargs
-    return manager, as_in_file, settings
+    return manager, file_settings, settings
 
 
-def hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they lie in a file, as JSON has them, without the number of steps, which a run has for itself.
+def json_hyperparameters(file_settings: dict[str, Any]) -> dict[str, Any]:
+    """Convert the settings of a file to JSON types, without the number of steps, which is recorded separately.
 
-    :param settings: of :func:`experiment`
+    :param file_settings: the settings as in the file, from :func:`load_settings`
     """
-    kept = {name: value for name, value in settings.items() if name != "n_timesteps"}
-    # A settings file in Python may hold what JSON has no form for
-    as_json: dict[str, Any] = json.loads(json.dumps(kept, default=repr))
-    return as_json
+    kept = {name: value for name, value in file_settings.items() if name != "n_timesteps"}
+    # A settings file in Python may hold values without a JSON form
+    hyperparameters: dict[str, Any] = json.loads(json.dumps(kept, default=repr))
+    return hyperparameters
 
 
-def _manager(exp_manager: Any, name: str, run: Run, folder: str, config: str | None) -> Any:
+def _experiment_manager(exp_manager: Any, name: str, run: Run, folder: str, config: str | None) -> Any:
     return exp_manager.ExperimentManager(
         Namespace(),
         name,
@@ -189,113 +189,133 @@ def make_plan(
     gym_packages: Iterable[str] = (),
     first_seed: int = 0,
 ) -> list[Run]:
-    """Every algorithm in every environment with every seed, looked at before anything is trained.
+    """List the runs of every algorithm in every environment with every seed, and check them before any training.
 
-    :param algos: as on the command line
-    :param envs: names of environments
-    :param seeds: how many
-    :param n_timesteps: of every run; ``None`` for what the settings say
-    :param n_evaluations: evaluations of every run, after the one before training
-    :param eval_episodes: episodes of each
-    :param device: where to train
-    :param same_settings: the algorithm whose settings all have; ``None`` for their own
+    :param algos: the algorithms as on the command line
+    :param envs: the ids of the environments
+    :param seeds: the number of seeds
+    :param n_timesteps: environment steps of every run; ``None`` for those of the settings
+    :param n_evaluations: number of evaluations of every run, not counting the one before training
+    :param eval_episodes: episodes per evaluation
+    :param device: the training device
+    :param same_settings: the algorithm whose settings all algorithms use; ``None`` for their own
     :param gym_packages: modules that register environments
     :param first_seed: the lowest seed; the others follow it
-    :return: the runs, those with the same seed beside each other
-    :raises ValueError: if something is unknown, or cannot be compared
+    :return: the runs; those with the same environment and seed are adjacent
+    :raises ValueError: if a name is unknown, or the runs cannot be compared
     """
-    _import(gym_packages)
-    exp_manager = zoo()
-    _check_unique("--algos", algos)
-    _check_unique("--envs", envs)
-    folders = [file_name(algo) for algo in algos]
-    for algo, folder in zip(algos, folders, strict=True):
-        if folders.count(folder) > 1:
-            raise ValueError(f"--algos {algo!r} would share the folder {folder!r} with another; rename a settings file")
-    for algo in algos:
-        _check_algorithm("--algos", algo, exp_manager.ALGOS)
-        if same_settings and ":" in algo:
-            raise ValueError(
-                f"--algos {algo!r} has settings of its own, but --same-settings {same_settings!r} is for all; "
-                "drop one of them"
-            )
-    if same_settings is not None:
-        _check_algorithm("--same-settings", same_settings, exp_manager.ALGOS)
-    folders = [str(EnvironmentName(env)) for env in envs]
-    for env, folder in zip(envs, folders, strict=True):
-        if folders.count(folder) > 1:
-            raise ValueError(f"--envs {env!r} would share the folder {folder!r} with another; compare them apart")
+    _import_packages(gym_packages)
+    known_algos = import_zoo().ALGOS
+    _check_algos(algos, same_settings, known_algos)
+    _check_envs(envs)
     plan = []
     for env in envs:
-        _check_environment(env)
-        lengths = {}
-        for algo in algos:
-            run = Run(
+        _check_registered(env)
+        runs = [
+            Run(
                 algo, env, 0, n_timesteps or 0, n_evaluations, eval_episodes, device, same_settings, tuple(gym_packages)
             )
-            lengths[algo] = _check_settings(run, exp_manager.ALGOS[split(algo)[0]])
-        if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{length:,} for {algo}" for algo, length in lengths.items())
-            raise ValueError(f"{env} is trained for {told} steps; they must be the same; -n gives a number")
-        n_steps = lengths[algos[0]]
+            for algo in algos
+        ]
+        n_steps = _check_lengths(
+            {run.algo: _check_settings(run, known_algos[split_algo(run.algo)[0]]) for run in runs}, env
+        )
         if n_steps < n_evaluations:
             raise ValueError(f"--evaluations {n_evaluations} must be at most the {n_steps} steps of a run")
         plan += [
-            Run(algo, env, seed, n_steps, n_evaluations, eval_episodes, device, same_settings, tuple(gym_packages))
+            replace(run, seed=seed, n_timesteps=n_steps)
             for seed in range(first_seed, first_seed + seeds)
-            for algo in algos
+            for run in runs
         ]
     return plan
 
 
-def _import(packages: Iterable[str]) -> None:
+def _import_packages(packages: Iterable[str]) -> None:
     package = ""
     try:
         for package in packages:
             importlib.import_module(package)
-    except Exception as error:  # whatever a module of users does
+    except Exception as error:  # a module may raise any exception
         raise ValueError(f"--gym-packages {package!r} cannot be imported: {error}") from error
+
+
+def _check_algos(algos: Sequence[str], same_settings: str | None, known: dict[str, Any]) -> None:
+    _check_unique("--algos", algos)
+    folders = [folder_name(algo) for algo in algos]
+    for algo, folder in zip(algos, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise ValueError(
+                f"--algos {algo!r} would share the folder {folder!r} with another algorithm; rename its settings file"
+            )
+    for algo in algos:
+        _check_algo("--algos", algo, known)
+        if same_settings and ":" in algo:
+            raise ValueError(
+                f"--algos {algo!r} names its own settings, but --same-settings {same_settings!r} applies to all; "
+                "remove one of them"
+            )
+    if same_settings is not None:
+        _check_algo("--same-settings", same_settings, known)
+
+
+def _check_algo(argument: str, algo: str, known: dict[str, Any]) -> None:
+    name, _ = split_algo(algo)
+    if name not in known:
+        raise ValueError(f"{argument} {algo!r} must be one of {', '.join(known)}{_suggestion(name, known)}")
+
+
+def _check_envs(envs: Sequence[str]) -> None:
+    _check_unique("--envs", envs)
+    folders = [str(EnvironmentName(env)) for env in envs]
+    for env, folder in zip(envs, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise ValueError(
+                f"--envs {env!r} would share the folder {folder!r} with another environment; compare them separately"
+            )
 
 
 def _check_unique(argument: str, names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{argument} {name!r} is named twice; each may be named once")
+            raise ValueError(f"{argument} {name!r} is given twice; give each name once")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _check_algorithm(argument: str, algo: str, known: dict[str, Any]) -> None:
-    name, _ = split(algo)
-    if name not in known:
-        raise ValueError(f"{argument} {algo!r} must be one of {', '.join(known)}{_nearest(name, known)}")
-
-
-def _check_environment(env: str) -> None:
+def _check_registered(env: str) -> None:
     try:
         gym.spec(env)
     except gym.error.Error as error:
         raise ValueError(
-            f"--envs {env!r} is not registered{_nearest(env, gym.registry)} --gym-packages names modules that "
-            f"register environments ({error})"
+            f"--envs {env!r} is not registered{_suggestion(env, gym.registry) or '.'} --gym-packages imports modules "
+            f"that register environments ({error})"
         ) from error
 
 
 def _check_settings(run: Run, algorithm: type) -> int:
+    """Check the settings of a run and return its number of environment steps."""
     try:
-        manager, as_in_file, _ = experiment(run, "")
+        manager, file_settings, _ = load_settings(run, "")
     except KeyError as error:
         raise ValueError(f"the settings of {run.algo} for {run.env} have no {error}, which the Zoo needs") from error
     except Exception as error:
         raise ValueError(f"the settings of {run.algo} for {run.env} cannot be read: {error}") from error
     known = inspect.signature(algorithm).parameters
-    for name in as_in_file:
-        if name not in known and name not in _FOR_THE_ZOO:
-            whose = run.same_settings or run.algo
-            raise ValueError(f"the settings of {whose} for {run.env} have {name!r}, which {run.algo} does not take")
-        if name in _FROM_THE_COMMAND_LINE:
-            raise ValueError(f"the settings of {run.algo} for {run.env} have {name!r}, which this command line decides")
+    for name in file_settings:
+        if name not in known and name not in _ZOO_SETTINGS:
+            source = run.same_settings or run.algo
+            raise ValueError(f"the settings of {source} for {run.env} have {name!r}, which {run.algo} does not accept")
+        if name in _COMMAND_LINE_SETTINGS:
+            raise ValueError(f"the settings of {run.algo} for {run.env} have {name!r}, which the command line sets")
     return int(manager.n_timesteps)
+
+
+def _check_lengths(lengths: dict[str, int], env: str) -> int:
+    """Return the number of steps that all algorithms train for."""
+    if len(set(lengths.values())) > 1:
+        text = ", ".join(f"{length:,} for {algo}" for algo, length in lengths.items())
+        raise ValueError(f"the runs in {env} must have the same number of steps, but have {text}; set it with -n")
+    return next(iter(lengths.values()))

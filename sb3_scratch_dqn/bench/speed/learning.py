@@ -1,8 +1,8 @@
-"""Speed of training: this package's engines against SB3's DQN and, where it is installed, SBX's.
+"""Speed of training: this package's engines against SB3's DQN and, if it is installed, SBX's.
 
-Every contestant trains in a process of its own, with one thread on one processor, the same for all; the processes take
-turns, round after round. Times are medians over rounds; ratios are medians (and extremes) of the ratios of single
-rounds, above 1 where ours is faster.
+Each contestant trains in its own process with one thread. All processes are pinned to the same processor core and are
+measured in turn, round after round. Times are medians over rounds; ratios are medians (with minimum and maximum) of the
+ratios of single rounds, above 1 if ours is faster.
 """
 
 import multiprocessing
@@ -21,13 +21,12 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_scratch_dqn.bench.machine import ONE_THREAD, origin, peak_memory
-from sb3_scratch_dqn.bench.speed.results import Figures, Measured, Round
+from sb3_scratch_dqn.bench.machine import ONE_THREAD, peak_memory, provenance
+from sb3_scratch_dqn.bench.speed.results import CaseResult, Measurements, Round
 
 _ZOO_NET = {"net_arch": [256, 256]}
 
-
-# Of the Zoo, for LunarLander and Acrobot alike
+# The Zoo's settings for both LunarLander and Acrobot
 _ZOO_LANDER = {
     "learning_rate": 6.3e-4,
     "batch_size": 128,
@@ -41,14 +40,14 @@ _ZOO_LANDER = {
 
 
 class Case(NamedTuple):
-    """What is trained.
+    """A training task that is measured.
 
-    :param title: for people
-    :param env: the name of the environment
-    :param steps: environment steps of a measurement
-    :param settings: of all contestants
-    :param policy: likewise
-    :param n_envs: environments that are stepped together
+    :param title: the title in tables
+    :param env: the id of the environment
+    :param steps: environment steps per measurement
+    :param settings: keyword arguments of the algorithm, the same for all contestants
+    :param policy: the policy, the same for all contestants
+    :param n_envs: number of vectorised environments
     """
 
     title: str
@@ -57,6 +56,21 @@ class Case(NamedTuple):
     settings: dict[str, Any]
     policy: str = "MlpPolicy"
     n_envs: int = 1
+
+    def with_options(self, n_envs: int | None, train_freq: int | None) -> "Case":
+        """Return this case with other settings.
+
+        :param n_envs: number of vectorised environments; ``None`` keeps that of the case
+        :param train_freq: calls of ``env.step()`` between updates; ``None`` keeps that of the case
+        """
+        case = self
+        if n_envs is not None:
+            title = f"{case.title}, {n_envs} environments"
+            case = case._replace(title=title, n_envs=n_envs, steps=max(case.steps, 16 * n_envs))
+        if train_freq is not None:
+            settings = {**case.settings, "train_freq": train_freq}
+            case = case._replace(title=f"{case.title}, train_freq={train_freq}", settings=settings)
+        return case
 
 
 CASES = {
@@ -147,26 +161,26 @@ CASES = {
 
 
 class NoiseEnv(gym.Env[Any, Any]):
-    """Images that cost nothing: as large as Atari's, and the same few over and over."""
+    """An environment of images that take no time to create: a few images of Atari's size, repeated."""
 
     observation_space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
     action_space = gym.spaces.Discrete(6)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode of 100 steps."""
+        """Start an episode of 100 steps."""
         super().reset(seed=seed)
         self._images = np.random.default_rng(0).integers(0, 256, (10, 84, 84, 4)).astype(np.uint8)
         self._step = 0
         return self._images[0], {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """The next image."""
+        """Return the next image."""
         self._step += 1
         return self._images[self._step % 10], float(action), self._step == 100, False, {}
 
 
 class DictEnv(gym.Env[Any, Any]):
-    """Two vectors that cost nothing."""
+    """An environment of two vectors that take no time to create."""
 
     observation_space = gym.spaces.Dict(
         {"position": gym.spaces.Box(-1, 1, (3,), np.float32), "speed": gym.spaces.Box(-1, 1, (5,), np.float32)}
@@ -174,7 +188,7 @@ class DictEnv(gym.Env[Any, Any]):
     action_space = gym.spaces.Discrete(4)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode of 100 steps."""
+        """Start an episode of 100 steps."""
         super().reset(seed=seed)
         self._observations = [
             {key: self.np_random.uniform(-1, 1, space.shape).astype(np.float32) for key, space in self._spaces}
@@ -188,7 +202,7 @@ class DictEnv(gym.Env[Any, Any]):
         return list(self.observation_space.spaces.items())
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """The next observation."""
+        """Return the next observation."""
         self._step += 1
         return self._observations[self._step % 10], float(action), self._step == 100, False, {}
 
@@ -196,11 +210,11 @@ class DictEnv(gym.Env[Any, Any]):
 _OWN_ENVS: dict[str, type[gym.Env[Any, Any]]] = {"Noise84": NoiseEnv, "Dict": DictEnv}
 
 
-def contestants(names: Sequence[str] | None, device: str) -> list[str]:
-    """Who takes part: those named, or all that are installed and serve the device.
+def select_contestants(names: Sequence[str] | None, device: str) -> list[str]:
+    """Return the named contestants, or all that are installed and support the device.
 
-    :param names: ``"sb3"``, ``"sbx"``, or an engine of this package
-    :param device: where to train
+    :param names: ``"sb3"``, ``"sbx"``, or engines of this package; ``None`` for all
+    :param device: the training device
     """
     if names:
         return list(names)
@@ -208,40 +222,40 @@ def contestants(names: Sequence[str] | None, device: str) -> list[str]:
     return ["sb3", *engines, *(["sbx"] if find_spec("sbx") else [])]
 
 
-def _make(contestant: str, case: Case, device: str) -> Any:
-    # Only the contestant's own library is imported, for the sake of its peak memory
-    common: dict[str, Any] = dict(case.settings, seed=0)
-    # Made here rather than by its name: SB3 would have it rendered, which slows LunarLander down as nothing else does
+def _make_model(contestant: str, case: Case, device: str) -> Any:
+    # Only the library of the contestant is imported, because imports add to the peak memory
+    kwargs: dict[str, Any] = dict(case.settings, seed=0)
+    # A function instead of an id: SB3 would create environments by id with a render mode, which slows down LunarLander
     make_env: Any = _OWN_ENVS.get(case.env) or partial(gym.make, case.env)
     env = make_vec_env(make_env, n_envs=case.n_envs, seed=0)
     if contestant == "sbx":
         from sbx import DQN as SBX
 
-        return SBX(case.policy, env, **common)
+        return SBX(case.policy, env, **kwargs)
     if contestant == "sb3":
         from stable_baselines3 import DQN
 
-        return DQN(case.policy, env, device=device, **common)
+        return DQN(case.policy, env, device=device, **kwargs)
     from sb3_scratch_dqn.algorithm.dqn import ScratchDQN
 
-    return ScratchDQN(case.policy, env, device=device, engine=contestant, **common)
+    return ScratchDQN(case.policy, env, device=device, engine=contestant, **kwargs)
 
 
-def _work(connection: Connection, contestant: str, case: Case, device: str, processor: int | None) -> None:
-    """What a process does: warm up, then take a measurement whenever it is told to."""
-    if processor is not None:
-        os.sched_setaffinity(0, {processor})
+def _worker(connection: Connection, contestant: str, case: Case, device: str, core: int | None) -> None:
+    """Warm up, then measure one round for each ``True`` received; send peak memory on ``False``, and errors as text."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     th.set_num_threads(1)
     try:
-        model = _make(contestant, case, device)
-        starts = int(case.settings.get("learning_starts", 100))
-        model.learn(starts + case.steps // 2)
+        model = _make_model(contestant, case, device)
+        learning_starts = int(case.settings.get("learning_starts", 100))
+        model.learn(learning_starts + case.steps // 2)
         gradient_steps = max(case.settings.get("gradient_steps", 1), 1)
         updates = max(1, min(256, case.steps // 4) // gradient_steps)
         batch_size = case.settings.get("batch_size", 32)
         connection.send(None)
         while connection.recv():
-            begin = time.perf_counter()
+            start = time.perf_counter()
             model.learn(case.steps, reset_num_timesteps=False)
             middle = time.perf_counter()
             for _ in range(updates):
@@ -249,7 +263,7 @@ def _work(connection: Connection, contestant: str, case: Case, device: str, proc
             if device == "cuda":
                 th.cuda.synchronize()
             end = time.perf_counter()
-            connection.send(Round(middle - begin, (end - middle) / updates / gradient_steps))
+            connection.send(Round(middle - start, (end - middle) / updates / gradient_steps))
         connection.send(peak_memory())
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
@@ -257,6 +271,7 @@ def _work(connection: Connection, contestant: str, case: Case, device: str, proc
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
+    """Set the environment variables that limit new processes to one thread."""
     before = {name: os.environ.get(name) for name in ONE_THREAD}
     os.environ.update(ONE_THREAD)
     try:
@@ -269,84 +284,69 @@ def _one_thread() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def measure(case: Case, names: Sequence[str], rounds: int, device: str) -> dict[str, Figures | str]:
-    """Let the contestants take turns.
+def measure(case: Case, names: Sequence[str], rounds: int, device: str) -> dict[str, Measurements | str]:
+    """Measure contestants in turn.
 
-    :param case: what they train
-    :param names: of the contestants
-    :param rounds: how often each is measured
-    :param device: where they train
-    :return: what was measured of each, or why it could not take part
+    :param case: the training task
+    :param names: the contestants
+    :param rounds: number of measurements of each contestant
+    :param device: the training device
+    :return: contestant -> its measurements, or the error for which it could not take part
     """
-    processes = multiprocessing.get_context("spawn")
-    processor = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    lines: dict[str, Connection] = {}
-    failed: dict[str, str] = {}
+    context = multiprocessing.get_context("spawn")
+    core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    connections: dict[str, Connection] = {}
+    errors: dict[str, str] = {}
     workers = []
 
-    def answer(name: str) -> Any:
+    def receive(name: str) -> Any:
+        """Return the next message of a worker, or ``None`` if it failed."""
         try:
-            said = lines[name].recv()
+            message = connections[name].recv()
         except EOFError:
-            said = "its process ended"
-        if isinstance(said, str):
-            failed[name] = said
-            del lines[name]
+            message = "its process ended"
+        if isinstance(message, str):
+            errors[name] = message
+            del connections[name]
             return None
-        return said
+        return message
 
     with _one_thread():
         for name in names:
-            lines[name], theirs = processes.Pipe()
-            worker = processes.Process(target=_work, args=(theirs, name, case, device, processor), daemon=True)
+            connections[name], worker_end = context.Pipe()
+            worker = context.Process(target=_worker, args=(worker_end, name, case, device, core), daemon=True)
             worker.start()
-            theirs.close()
+            worker_end.close()
             workers.append(worker)
-            answer(name)  # one after another: who warms up is not to disturb who is measured
-    taken: dict[str, list[Round]] = {name: [] for name in lines}
+            receive(name)  # waits for the end of its warm-up, which would disturb others
+    rounds_of: dict[str, list[Round]] = {name: [] for name in connections}
     for _ in range(rounds):
-        for name in list(lines):
-            lines[name].send(True)
-            said = answer(name)
-            if said is not None:
-                taken[name].append(said)
-    figures: dict[str, Figures | str] = {}
-    for name in list(lines):
-        lines[name].send(False)
-        figures[name] = Figures(taken[name], answer(name))
+        for name in list(connections):
+            connections[name].send(True)
+            measured = receive(name)
+            if measured is not None:
+                rounds_of[name].append(measured)
+    results: dict[str, Measurements | str] = {}
+    for name in list(connections):
+        connections[name].send(False)
+        results[name] = Measurements(rounds_of[name], receive(name))
     for worker in workers:
         worker.join()
-    return {name: figures.get(name, failed.get(name, "")) for name in names}
+    return {name: results.get(name, errors.get(name, "")) for name in names}
 
 
-def changed(case: Case, n_envs: int | None, train_freq: int | None) -> Case:
-    """A case with other settings.
+def run(cases: Sequence[Case], names: Sequence[str] | None, rounds: int, device: str) -> list[CaseResult]:
+    """Measure cases, and print progress on stderr.
 
-    :param case: the case
-    :param n_envs: environments that are stepped together; ``None`` for its own
-    :param train_freq: calls of ``env.step()`` between updates; likewise
-    """
-    if n_envs is not None:
-        title = f"{case.title}, {n_envs} environments"
-        case = case._replace(title=title, n_envs=n_envs, steps=max(case.steps, 16 * n_envs))
-    if train_freq is not None:
-        settings = {**case.settings, "train_freq": train_freq}
-        case = case._replace(title=f"{case.title}, train_freq={train_freq}", settings=settings)
-    return case
-
-
-def run(cases: Sequence[Case], names: Sequence[str] | None, rounds: int, device: str) -> list[Measured]:
-    """Measure some cases, telling on stderr what is going on.
-
-    :param cases: such as those in ``CASES``
-    :param names: of the contestants, as in :func:`contestants`
-    :param rounds: how often each is measured
+    :param cases: the cases, such as those of ``CASES``
+    :param names: the contestants, as in :func:`select_contestants`
+    :param rounds: number of measurements of each contestant
     :param device: ``"cpu"`` or ``"cuda"``
     """
-    measured = []
+    results = []
     for case in cases:
         print(f"{case.title} ...", file=sys.stderr, flush=True)
-        figures = measure(case, contestants(names, device), rounds, device)
-        measured.append(Measured(case.title, case.steps, figures, origin(device)))
-        print(measured[-1].markdown(), file=sys.stderr, flush=True)
-    return measured
+        contestants = measure(case, select_contestants(names, device), rounds, device)
+        results.append(CaseResult(case.title, case.steps, contestants, provenance(device)))
+        print(results[-1].markdown(), file=sys.stderr, flush=True)
+    return results

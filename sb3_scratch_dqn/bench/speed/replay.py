@@ -1,7 +1,7 @@
 """Memory and speed of replay: this package's buffer against SB3's, and its prioritized sampling against cpprb's.
 
-Times are medians over rounds in which the contestants take turns; ratios are medians (and extremes) of the ratios of
-single rounds, below 1 where ours is faster.
+Contestants are measured in turn. Times are medians over rounds; ratios are medians (with minimum and maximum) of the
+ratios of single rounds, below 1 if ours is faster.
 """
 
 import sys
@@ -15,30 +15,31 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 
-from sb3_scratch_dqn.bench.speed.timing import Comparison, compare, table
+from sb3_scratch_dqn.bench.speed.timing import Timings, table, time_in_turn
 from sb3_scratch_dqn.replay import ScratchReplayBuffer, Stacking
 from sb3_scratch_dqn.replay.observations import Observation
 from sb3_scratch_dqn.replay.samplers import PrioritizedSampler
 
 _VECTOR = spaces.Box(-10, 10, (8,), np.float32)
-_NESTED: spaces.Space[Any] = spaces.Dict(
+_DICT: spaces.Space[Any] = spaces.Dict(
     {"position": spaces.Box(-10, 10, (3,), np.float32), "speed": spaces.Box(-1, 1, (5,), np.float32)}
 )
-# As AtariWrapper, VecFrameStack and VecTransposeImage make them
+# As created by AtariWrapper, VecFrameStack and VecTransposeImage
 _N_STACK = 4
 _IMAGES = spaces.Box(0, 255, (_N_STACK, 84, 84), np.uint8)
 _STACKING = Stacking(_N_STACK, 0, "zero")
 _ACTIONS = spaces.Discrete(4)
 _EPISODE = 200  # steps
-_N_NUMBERS = 50_000  # transitions of the buffers that hold no images
+_VECTOR_CAPACITY = 50_000  # transitions of the buffers without images
 
+# The arguments of ReplayBuffer.add()
 Step = tuple[Any, ...]
 
 
 def run(rounds: int, largest: int, n_images: int) -> str:
-    """Measure everything, telling on stderr what is going on.
+    """Measure everything, and print progress on stderr.
 
-    :param rounds: measurements of each case
+    :param rounds: number of measurements of each case
     :param largest: transitions of the largest prioritized buffer
     :param n_images: transitions of the buffers of images
     :return: the tables, in Markdown
@@ -50,24 +51,24 @@ def run(rounds: int, largest: int, n_images: int) -> str:
         ("Prioritized sampling", lambda: prioritized(rounds, largest)),
     ]
     texts = []
-    for title, part in parts:
+    for title, measure in parts:
         print(f"{title} ...", file=sys.stderr, flush=True)
-        texts.append(f"### {title}\n\n{part()}")
+        texts.append(f"### {title}\n\n{measure()}")
     return "\n\n".join(texts)
 
 
-# Steps to fill the buffers with
+# Steps to add to the buffers
 
 
-def _vectors(n_envs: int) -> list[Step]:
+def _vector_steps(n_envs: int) -> list[Step]:
     rng = np.random.default_rng(0)
     observations = rng.uniform(-1, 1, (1001, n_envs, 8)).astype(np.float32)
-    return _steps(list(observations), n_envs)
+    return _make_steps(list(observations), n_envs)
 
 
-def _nested(n_envs: int) -> list[Step]:
+def _dict_steps(n_envs: int) -> list[Step]:
     rng = np.random.default_rng(0)
-    return _steps(
+    return _make_steps(
         [
             {
                 "position": rng.uniform(-1, 1, (n_envs, 3)).astype(np.float32),
@@ -79,27 +80,27 @@ def _nested(n_envs: int) -> list[Step]:
     )
 
 
-def _steps(observations: list[Any], n_envs: int) -> list[Step]:
+def _make_steps(observations: list[Any], n_envs: int) -> list[Step]:
     rng = np.random.default_rng(1)
     return [
         (
-            now,
-            following,
+            observation,
+            next_observation,
             rng.integers(0, 4, n_envs),
             rng.normal(size=n_envs),
             np.full(n_envs, count % _EPISODE == _EPISODE - 1),
             [{} for _ in range(n_envs)],
         )
-        for count, (now, following) in enumerate(pairwise(observations))
+        for count, (observation, next_observation) in enumerate(pairwise(observations))
     ]
 
 
 def _image_steps() -> list[Step]:
-    """The steps of an episode of stacked frames, the last of which is truncated."""
+    """Return the steps of one truncated episode of stacked frames."""
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (_EPISODE + 1, 84, 84)).astype(np.uint8)
     padded = np.concatenate([np.zeros((_N_STACK - 1, 84, 84), np.uint8), frames])
-    stacks = [padded[None, begin : begin + _N_STACK].copy() for begin in range(_EPISODE + 1)]
+    stacks = [padded[None, start : start + _N_STACK].copy() for start in range(_EPISODE + 1)]
     return [
         (
             stacks[count],
@@ -113,8 +114,8 @@ def _image_steps() -> list[Step]:
     ]
 
 
-class _Adding:
-    """Adds one step after another to a buffer, over and over."""
+class _Adder:
+    """Add steps to a buffer, one per call, in a cycle."""
 
     def __init__(self, buffer: ReplayBuffer, steps: list[Step]) -> None:
         self.buffer, self.steps, self.count = buffer, steps, 0
@@ -125,12 +126,12 @@ class _Adding:
 
 
 def _fill(buffer: ReplayBuffer, steps: list[Step], count: int) -> None:
-    add = _Adding(buffer, steps)
+    add = _Adder(buffer, steps)
     for _ in range(count):
         add()
 
 
-def _ours(capacity: int, space: spaces.Space[Any], n_envs: int = 1, **kwargs: Any) -> ScratchReplayBuffer:
+def _scratch_buffer(capacity: int, space: spaces.Space[Any], n_envs: int = 1, **kwargs: Any) -> ScratchReplayBuffer:
     return ScratchReplayBuffer(capacity, space, _ACTIONS, device="cpu", n_envs=n_envs, **kwargs)
 
 
@@ -138,11 +139,11 @@ def _ours(capacity: int, space: spaces.Space[Any], n_envs: int = 1, **kwargs: An
 
 
 def memory(n_images: int) -> str:
-    """Bytes of a stacked Atari transition: arrays that were allocated, over transitions."""
+    """Measure the memory of an Atari transition: bytes of all allocated arrays divided by the number of transitions."""
     kinds: dict[str, ReplayBuffer] = {
         "SB3 `ReplayBuffer`": ReplayBuffer(n_images, _IMAGES, _ACTIONS, device="cpu"),
-        "ours, `frames=False`": _ours(n_images, _IMAGES),
-        "ours": _ours(n_images, _IMAGES, stacking=_STACKING),
+        "ours, `frames=False`": _scratch_buffer(n_images, _IMAGES),
+        "ours": _scratch_buffer(n_images, _IMAGES, stacking=_STACKING),
     }
     sizes = {}
     for name, buffer in kinds.items():
@@ -162,51 +163,44 @@ def _arrays(buffer: ReplayBuffer) -> list[np.ndarray[Any, Any]]:
 # Speed
 
 
-def against_sb3(rounds: int, n_images: int) -> str:
-    """Adding a step, and sampling a batch, each in the way that training does."""
+class _Case(NamedTuple):
+    name: str
+    space: spaces.Space[Any]
+    n_envs: int
+    steps: list[Step]
+    capacity: int
+    sb3_class: type[ReplayBuffer]
+    kwargs: dict[str, Any]  # of both buffers
+    our_kwargs: dict[str, Any]  # of ours only
+    batch_size: int
 
-    class Case(NamedTuple):
-        name: str
-        space: spaces.Space[Any]
-        n_envs: int
-        steps: list[Step]
-        capacity: int
-        theirs: type[ReplayBuffer]
-        kwargs: dict[str, Any]
-        own_kwargs: dict[str, Any]
-        batch_size: int
 
-    several_steps, frames = {"n_steps": 3, "gamma": 0.99}, {"stacking": _STACKING}
-    images, small = _image_steps(), _N_NUMBERS
-    cases = [
-        Case("8 numbers", _VECTOR, 1, _vectors(1), small, ReplayBuffer, {}, {}, 32),
-        Case("8 numbers", _VECTOR, 1, _vectors(1), small, ReplayBuffer, {}, {}, 256),
-        Case("8 numbers, 8 environments", _VECTOR, 8, _vectors(8), small, ReplayBuffer, {}, {}, 128),
-        Case("`Dict` of 3 and 5 numbers", _NESTED, 1, _nested(1), small, DictReplayBuffer, {}, {}, 128),
-        Case("8 numbers, 3 steps", _VECTOR, 1, _vectors(1), small, NStepReplayBuffer, several_steps, {}, 128),
-        Case("Atari, `frames=False`", _IMAGES, 1, images, n_images, ReplayBuffer, {}, {}, 32),
-        Case("Atari", _IMAGES, 1, images, n_images, ReplayBuffer, {}, frames, 32),
-        Case(
-            "Atari, 3 steps",
-            _IMAGES,
-            1,
-            images,
-            n_images,
-            NStepReplayBuffer,
-            several_steps,
-            {"stacking": _STACKING},
-            32,
-        ),
+def _cases(n_images: int) -> list[_Case]:
+    three_steps, stacked = {"n_steps": 3, "gamma": 0.99}, {"stacking": _STACKING}
+    vectors, images, small = _vector_steps(1), _image_steps(), _VECTOR_CAPACITY
+    return [
+        _Case("8 numbers", _VECTOR, 1, vectors, small, ReplayBuffer, {}, {}, 32),
+        _Case("8 numbers", _VECTOR, 1, vectors, small, ReplayBuffer, {}, {}, 256),
+        _Case("8 numbers, 8 environments", _VECTOR, 8, _vector_steps(8), small, ReplayBuffer, {}, {}, 128),
+        _Case("`Dict` of 3 and 5 numbers", _DICT, 1, _dict_steps(1), small, DictReplayBuffer, {}, {}, 128),
+        _Case("8 numbers, 3 steps", _VECTOR, 1, vectors, small, NStepReplayBuffer, three_steps, {}, 128),
+        _Case("Atari, `frames=False`", _IMAGES, 1, images, n_images, ReplayBuffer, {}, {}, 32),
+        _Case("Atari", _IMAGES, 1, images, n_images, ReplayBuffer, {}, stacked, 32),
+        _Case("Atari, 3 steps", _IMAGES, 1, images, n_images, NStepReplayBuffer, three_steps, stacked, 32),
     ]
+
+
+def against_sb3(rounds: int, n_images: int) -> str:
+    """Measure adding a step and sampling a batch, each as in training."""
     rows = []
-    for case in cases:
-        theirs = case.theirs(case.capacity, case.space, _ACTIONS, device="cpu", n_envs=case.n_envs, **case.kwargs)
-        ours = _ours(case.capacity, case.space, case.n_envs, **case.kwargs, **case.own_kwargs)
+    for case in _cases(n_images):
+        theirs = case.sb3_class(case.capacity, case.space, _ACTIONS, device="cpu", n_envs=case.n_envs, **case.kwargs)
+        ours = _scratch_buffer(case.capacity, case.space, case.n_envs, **case.kwargs, **case.our_kwargs)
         for buffer in (theirs, ours):
-            # Beyond what fits, so that the buffers are full and go on over their beginning
+            # More than the capacity, so that the buffers are full and overwrite old transitions
             _fill(buffer, case.steps, len(case.steps) * -(-case.capacity // case.n_envs // len(case.steps) + 1))
-        adding = compare({"ours": _Adding(ours, case.steps), "theirs": _Adding(theirs, case.steps)}, rounds)
-        sampling = compare(
+        adding = time_in_turn({"ours": _Adder(ours, case.steps), "theirs": _Adder(theirs, case.steps)}, rounds)
+        sampling = time_in_turn(
             {"ours": partial(ours.sample_batch, case.batch_size), "theirs": partial(theirs.sample, case.batch_size)},
             rounds,
         )
@@ -216,62 +210,60 @@ def against_sb3(rounds: int, n_images: int) -> str:
     return table(["", "ours", "SB3", "ours / SB3"], rows)
 
 
-def _cells(comparison: Comparison) -> list[str]:
-    ratios = comparison.ratios("ours", "theirs")
-    middle = ratios[len(ratios) // 2]
+def _cells(timings: Timings) -> list[str]:
+    ratios = timings.ratios("ours", "theirs")
+    median = ratios[len(ratios) // 2]
     return [
-        *(f"{comparison.median(name) * 1e6:,.0f} us" for name in ("ours", "theirs")),
-        f"{middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+        *(f"{timings.median(name) * 1e6:,.0f} us" for name in ("ours", "theirs")),
+        f"{median:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
     ]
 
 
 def frames_against_dense(rounds: int, n_images: int) -> str:
-    """What keeping each frame once costs, or gains, in time."""
-    frames, dense = _ours(n_images, _IMAGES, stacking=_STACKING), _ours(n_images, _IMAGES)
+    """Measure the time that storing each frame once costs or saves."""
+    frames, dense = _scratch_buffer(n_images, _IMAGES, stacking=_STACKING), _scratch_buffer(n_images, _IMAGES)
     steps = _image_steps()
     for buffer in (frames, dense):
         _fill(buffer, steps, n_images + _EPISODE - n_images % _EPISODE)
     rows = []
-    for name, function in (
-        ("add", lambda buffer: _Adding(buffer, steps)),
+    for name, make_call in (
+        ("add", lambda buffer: _Adder(buffer, steps)),
         ("sample 32", lambda buffer: partial(buffer.sample_batch, 32)),
     ):
-        comparison = compare({"ours": function(frames), "theirs": function(dense)}, rounds)
-        rows.append([f"Atari: {name}", *_cells(comparison)])
-    return table(["", "frames once", "in full", "ratio"], rows)
+        timings = time_in_turn({"ours": make_call(frames), "theirs": make_call(dense)}, rounds)
+        rows.append([f"Atari: {name}", *_cells(timings)])
+    return table(["", "frames once", "full observations", "ratio"], rows)
 
 
 def prioritized(rounds: int, largest: int) -> str:
-    """Sampling and giving priorities back together, at several sizes; and adding."""
+    """Measure adding, and sampling together with updating the priorities, at several sizes."""
     sizes = [size for size in (10**4, 10**5, 10**6, 10**7) if size <= largest] or [largest]
-    rows, scaling = [], []
+    rows, cpprb_rows = [], []
     for size in sizes:
         ours = _prioritized_buffer(size)
-        theirs = _cpprb(size)
-        cells = [f"{size:,}"]
-        step = _vectors(1)[0]
-        add = compare({"ours": partial(ours.add, *step)}, rounds)
-        cells.append(f"{add.median('ours') * 1e6:,.1f} us")
+        theirs = _cpprb_cycle(size)
+        adding = time_in_turn({"ours": partial(ours.add, *_vector_steps(1)[0])}, rounds)
+        row = [f"{size:,}", f"{adding.median('ours') * 1e6:,.1f} us"]
         for batch_size in (32, 256):
-            cycle: dict[str, Callable[[], None]] = {"ours": partial(_cycle, ours, batch_size, th.rand(batch_size))}
+            cycles: dict[str, Callable[[], None]] = {"ours": partial(_cycle, ours, batch_size, th.rand(batch_size))}
             if theirs is not None:
-                cycle["theirs"] = partial(theirs, batch_size, np.random.default_rng(0).uniform(0, 1, batch_size))
-            comparison = compare(cycle, rounds)
-            cells.append(f"{comparison.median('ours') * 1e6:,.0f} us")
+                cycles["theirs"] = partial(theirs, batch_size, np.random.default_rng(0).uniform(0, 1, batch_size))
+            timings = time_in_turn(cycles, rounds)
+            row.append(f"{timings.median('ours') * 1e6:,.0f} us")
             if theirs is not None:
-                rows.append([f"{size:,}", str(batch_size), *_cells(comparison)])
-        scaling.append(cells)
+                cpprb_rows.append([f"{size:,}", str(batch_size), *_cells(timings)])
+        rows.append(row)
         print(f"  {size:,}", file=sys.stderr, flush=True)
-    text = table(["transitions", "add", "sample 32, give back", "sample 256, give back"], scaling)
-    if not rows:
-        return text + "\n\ncpprb is not installed, so it was not compared with."
-    return text + "\n\n" + table(["transitions", "batch", "ours", "cpprb", "ours / cpprb"], rows)
+    text = table(["transitions", "add", "sample and update 32", "sample and update 256"], rows)
+    if not cpprb_rows:
+        return text + "\n\nNot compared with cpprb, which is not installed."
+    return text + "\n\n" + table(["transitions", "batch", "ours", "cpprb", "ours / cpprb"], cpprb_rows)
 
 
 def _prioritized_buffer(size: int) -> ScratchReplayBuffer:
-    buffer = _ours(size, _VECTOR, prioritized=True)
-    _fill(buffer, _vectors(1), 2)
-    # The rest at once: Python would take minutes for ten million
+    buffer = _scratch_buffer(size, _VECTOR, prioritized=True)
+    _fill(buffer, _vector_steps(1), 2)
+    # The rest in one call: adding ten million transitions one by one would take minutes
     buffer.store.reserve(size)
     assert isinstance(buffer.sampler, PrioritizedSampler)
     buffer.sampler.tree.reserve(size)
@@ -284,8 +276,8 @@ def _cycle(buffer: ScratchReplayBuffer, batch_size: int, priorities: th.Tensor) 
     buffer.update_priorities(buffer.sample_batch(batch_size), priorities)
 
 
-def _cpprb(size: int) -> Callable[[int, np.ndarray[Any, Any]], None] | None:
-    """The same with cpprb's buffer, filled alike; ``None`` if it is not installed."""
+def _cpprb_cycle(size: int) -> Callable[[int, np.ndarray[Any, Any]], None] | None:
+    """Return the equivalent of :func:`_cycle` for a full buffer of cpprb, or ``None`` if cpprb is not installed."""
     try:
         import cpprb
     except ImportError:
@@ -297,8 +289,8 @@ def _cpprb(size: int) -> Callable[[int, np.ndarray[Any, Any]], None] | None:
         alpha=0.6,
     )
     rng = np.random.default_rng(0)
-    for begin in range(0, size, 10**5):
-        count = min(10**5, size - begin)
+    for start in range(0, size, 10**5):
+        count = min(10**5, size - start)
         zeros: Observation = np.zeros((count, 8), np.float32)
         buffer.add(
             obs=zeros,

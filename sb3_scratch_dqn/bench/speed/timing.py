@@ -1,4 +1,4 @@
-"""Measuring two pieces of code against each other, on a machine that has other things to do as well."""
+"""Time functions in turn, on a machine that also runs other programs."""
 
 import gc
 import statistics
@@ -6,63 +6,63 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-# A measurement takes about so long, in seconds
+# The approximate duration of a measurement, in seconds
 _SECONDS = 0.1
 
 
-class Comparison(NamedTuple):
+class Timings(NamedTuple):
     """Times of several contestants, measured in turn.
 
-    :param times: seconds a call, one for each round, of each contestant
+    :param times: contestant -> seconds per call, one for each round
     """
 
     times: dict[str, list[float]]
 
     def median(self, name: str) -> float:
-        """Seconds a call."""
+        """Return the median seconds per call of a contestant."""
         return statistics.median(self.times[name])
 
     def ratios(self, name: str, reference: str) -> list[float]:
-        """The time of one over that of another, round by round, from the least to the largest."""
+        """Return the times of a contestant divided by those of a reference, one per round, sorted."""
         return sorted(a / b for a, b in zip(self.times[name], self.times[reference], strict=True))
 
 
-def compare(contestants: Mapping[str, Callable[[], object]], rounds: int) -> Comparison:
-    """Time some functions in turn, round after round, so that what disturbs one disturbs all.
+def time_in_turn(contestants: Mapping[str, Callable[[], object]], rounds: int) -> Timings:
+    """Time functions in turn, round after round, so that a disturbance affects all of them.
 
-    :param contestants: functions without arguments
-    :param rounds: how often each is measured
+    :param contestants: name -> function without arguments
+    :param rounds: number of measurements of each function
     """
-    calls = {name: _calls(function) for name, function in contestants.items()}
+    calls = {name: _calibrate(function) for name, function in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    collects = gc.isenabled()
+    gc_enabled = gc.isenabled()
     gc.disable()
     try:
         for _ in range(rounds):
             for name, function in contestants.items():
-                times[name].append(_time(function, calls[name]))
+                times[name].append(_seconds_per_call(function, calls[name]))
     finally:
-        if collects:
+        if gc_enabled:
             gc.enable()
-    return Comparison(times)
+    return Timings(times)
 
 
-def _time(function: Callable[[], object], calls: int) -> float:
-    begin = time.perf_counter()
+def _seconds_per_call(function: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
     for _ in range(calls):
         function()
-    return (time.perf_counter() - begin) / calls
+    return (time.perf_counter() - start) / calls
 
 
-def _calls(function: Callable[[], object]) -> int:
-    """How many calls take long enough to be measured."""
+def _calibrate(function: Callable[[], object]) -> int:
+    """Return the number of calls that take long enough to be measured."""
     calls = 1
-    while (seconds := _time(function, calls) * calls) < _SECONDS / 4:
+    while (seconds := _seconds_per_call(function, calls) * calls) < _SECONDS / 4:
         calls *= 2
     return max(1, round(calls * _SECONDS / seconds))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -1,4 +1,4 @@
-"""Reports on runs that never took place, of which it is known what a report must say."""
+"""Reports on made-up runs with known scores."""
 
 import json
 import re
@@ -6,17 +6,18 @@ import re
 import matplotlib
 import numpy as np
 import pytest
+from bench_commands import refusal
 
 from sb3_scratch_dqn.bench.__main__ import main
 from sb3_scratch_dqn.bench.report import stats
 from sb3_scratch_dqn.bench.report.comparison import make_comparison
 from sb3_scratch_dqn.bench.results import read_results
-from sb3_scratch_dqn.bench.run.grid import write
+from sb3_scratch_dqn.bench.run.grid import write_result
 from sb3_scratch_dqn.bench.run.plan import Run, evaluation_steps
-from sb3_scratch_dqn.bench.speed import results as speed_results
+from sb3_scratch_dqn.bench.speed.results import CaseResult, Measurements, Round, read_speed, save_speed
 
 STEPS = [0, 50, 100, 150, 200]
-ORIGIN = {
+PROVENANCE = {
     "started": "2026-01-01T00:00:00+00:00",
     "versions": {"python": "3.11", "torch": "2"},
     "commit": "abc",
@@ -24,18 +25,18 @@ ORIGIN = {
 }
 
 
-def known_run(algo, env, seed, level, rng, **changes):
-    """The content of the file of a run whose return rises to a level, give or take 5."""
+def make_run(algo, env, seed, level, rng, **changes):
+    """Return the file content of a run whose return rises linearly to a level, with a standard deviation of 5."""
     returns = [[level * step / 200 + rng.normal(scale=5) for _ in range(2)] for step in STEPS]
-    known = {
+    content = {
         "format": 1,
         "algo": algo,
         "env": env,
         "seed": seed,
         "reward_threshold": 100.0,
-        **ORIGIN,
+        **PROVENANCE,
         "status": "done",
-        "settings": {**Run(algo, env, seed, 200, 4, 2).conditions(), "hyperparameters": {"gamma": 0.99}},
+        "settings": {**Run(algo, env, seed, 200, 4, 2).common_settings(), "hyperparameters": {"gamma": 0.99}},
         "engine": None,
         "curve": {
             "steps": STEPS,
@@ -49,28 +50,28 @@ def known_run(algo, env, seed, level, rng, **changes):
         "peak_memory_bytes": 300 * 2**20,
         "wall_seconds": 3.0,
     }
-    return {**known, **changes}
+    return {**content, **changes}
 
 
 @pytest.fixture(autouse=True)
 def _few_shuffles(monkeypatch):
-    """What is tested here needs no steady verdict near the level."""
+    """Verdicts near the level need more shuffles, but none is tested here."""
     monkeypatch.setattr(stats, "_SHUFFLES", 2_000)
 
 
-def put(folder, known):
-    run = Run(known["algo"], known["env"], known["seed"], 200, 4, 2)
-    write(known, folder / run.path)
+def write_run(folder, content):
+    run = Run(content["algo"], content["env"], content["seed"], 200, 4, 2)
+    write_result(content, folder / run.path)
     return folder / run.path
 
 
-def put_all(folder, levels, n_seeds=8, envs=("One-v0", "Two-v0")):
-    """Runs of each algorithm at its level."""
+def write_runs(folder, levels, n_seeds=8, envs=("One-v0", "Two-v0")):
+    """Write runs of each algorithm at its level."""
     rng = np.random.default_rng(0)
     for env in envs:
         for algo, level in levels.items():
             for seed in range(n_seeds):
-                put(folder, known_run(algo, env, seed, level, rng))
+                write_run(folder, make_run(algo, env, seed, level, rng))
 
 
 def report(folder, *arguments):
@@ -78,26 +79,19 @@ def report(folder, *arguments):
     return (folder / "report" / "report.md").read_text()
 
 
-def refusal(folder, capsys, *arguments):
-    with pytest.raises(SystemExit) as ended:
-        main(["report", str(folder), *arguments])
-    assert ended.value.code == 2
-    return " ".join(capsys.readouterr().err.split())
-
-
-def test_verdicts_say_what_is_known(tmp_path):
-    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 100, "scratch_dqn:rainbow": 130, "qrdqn": 70})
+def test_verdicts_agree_with_the_known_scores(tmp_path):
+    write_runs(tmp_path, {"dqn": 100, "scratch_dqn": 100, "scratch_dqn:rainbow": 130, "qrdqn": 70})
     text = report(tmp_path)
     for where in ("**One-v0**", "**Two-v0**", "**One-v0, Two-v0 together**"):
         for measure in ("area under the learning curve", "final return"):
             assert f"{where}, {measure}: `scratch_dqn` shows **no difference** to `dqn` at the 95% level" in text
             assert f"{where}, {measure}: `scratch_dqn:rainbow` is **better** than `dqn` at the 95% level" in text
             assert f"{where}, {measure}: `qrdqn` is **worse** than `dqn` at the 95% level" in text
-    assert "here are 18 comparisons" in text
+    assert "there are 18 comparisons here" in text
 
 
-def test_numbers_are_those_of_the_files(tmp_path):
-    put_all(tmp_path, {"dqn": 100}, n_seeds=4, envs=["One-v0"])
+def test_numbers_agree_with_the_files(tmp_path):
+    write_runs(tmp_path, {"dqn": 100}, n_seeds=4, envs=["One-v0"])
     finals = sorted(
         float(np.mean(json.loads(path.read_text())["curve"]["returns"][-1])) for path in tmp_path.glob("*/*/*.json")
     )
@@ -113,19 +107,16 @@ def test_numbers_are_those_of_the_files(tmp_path):
     assert "| 300 (300 to 300) | 1.00 |" in text  # MiB, and the share of processor time
 
 
-def test_too_few_runs_are_said_to_be_too_few(tmp_path):
-    put_all(tmp_path, {"dqn": 0, "scratch_dqn": 100}, n_seeds=3)
+def test_too_few_runs_have_no_verdict(tmp_path):
+    write_runs(tmp_path, {"dqn": 0, "scratch_dqn": 100}, n_seeds=3)
     text = report(tmp_path)
-    assert (
-        "`scratch_dqn` against `dqn` **cannot be told** with so few runs: whatever they had been, p would be 0.10"
-        in text
-    )
-    # Together there are enough
+    assert "`scratch_dqn` and `dqn` have **too few runs** for a verdict: p is at least 0.10 for any results" in text
+    # Both environments together have enough
     assert "together**, final return: `scratch_dqn` is **better** than `dqn`" in text
 
 
 def test_the_same_files_give_the_same_report(tmp_path):
-    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 110}, n_seeds=3)
+    write_runs(tmp_path, {"dqn": 100, "scratch_dqn": 110}, n_seeds=3)
     main(["report", str(tmp_path), "--out", str(tmp_path / "a")])
     main(["report", str(tmp_path), "--out", str(tmp_path / "b")])
     names = {path.name for path in (tmp_path / "a").iterdir()}
@@ -134,8 +125,8 @@ def test_the_same_files_give_the_same_report(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
-def test_the_page_needs_no_other_file(tmp_path):
-    put_all(tmp_path, {"dqn": 100, "<algo> & co": 110}, n_seeds=3)
+def test_the_page_embeds_all_pictures(tmp_path):
+    write_runs(tmp_path, {"dqn": 100, "<algo> & co": 110}, n_seeds=3)
     text = report(tmp_path)
     page = (tmp_path / "report" / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)', page)
@@ -145,14 +136,14 @@ def test_the_page_needs_no_other_file(tmp_path):
     assert "<algo>" not in page
 
 
-def test_failed_runs_are_shown_and_counted_in_no_figure(tmp_path):
-    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 100}, n_seeds=4)
+def test_failed_runs_are_listed_and_left_out_of_the_results(tmp_path):
+    write_runs(tmp_path, {"dqn": 100, "scratch_dqn": 100}, n_seeds=4)
     rng = np.random.default_rng(1)
     error = {"type": "RuntimeError", "message": "out of luck", "traceback": ""}
-    failed = known_run("dqn", "One-v0", 4, 0, rng, status="failed", error=error)
+    failed = make_run("dqn", "One-v0", 4, 0, rng, status="failed", error=error)
     for name in ("curve", "training_seconds", "steps_per_second", "peak_memory_bytes"):
         del failed[name]
-    put(tmp_path, failed)
+    write_run(tmp_path, failed)
     text = report(tmp_path)
     assert "**1 of 17 runs failed**" in text
     assert "`dqn`, One-v0, seed 4: RuntimeError: out of luck" in text
@@ -160,36 +151,36 @@ def test_failed_runs_are_shown_and_counted_in_no_figure(tmp_path):
     assert "| One-v0 | `dqn` | 4 |" in text
 
 
-def test_an_algorithm_of_which_all_runs_failed_cannot_be_compared(tmp_path):
+def test_an_algorithm_whose_runs_all_failed_cannot_be_compared(tmp_path):
     rng = np.random.default_rng(1)
     error = {"type": "RuntimeError", "message": "out of luck", "traceback": ""}
-    put(tmp_path, known_run("dqn", "One-v0", 0, 100, rng))
-    put(tmp_path, known_run("qrdqn", "One-v0", 0, 100, rng, status="failed", error=error))
-    told = "0 of 1 runs of `qrdqn` ended well, 1 of 1 runs of `dqn` ended well"
-    assert f"`qrdqn` **cannot be compared** with `dqn`: {told}" in report(tmp_path)
+    write_run(tmp_path, make_run("dqn", "One-v0", 0, 100, rng))
+    write_run(tmp_path, make_run("qrdqn", "One-v0", 0, 100, rng, status="failed", error=error))
+    counts = "0 of 1 runs of `qrdqn` finished, 1 of 1 runs of `dqn` finished"
+    assert f"`qrdqn` **cannot be compared** with `dqn`: {counts}" in report(tmp_path)
 
 
-def test_what_a_failed_run_printed_is_part_of_a_sentence(tmp_path):
+def test_the_output_of_a_failed_run_is_a_single_line_without_markdown(tmp_path):
     rng = np.random.default_rng(1)
-    put(tmp_path, known_run("dqn", "One-v0", 0, 100, rng))
+    write_run(tmp_path, make_run("dqn", "One-v0", 0, 100, rng))
     error = {"type": "ProcessEnded", "message": "it printed: # a | b\n\n- `c`\n" + 1000 * "x", "traceback": ""}
-    put(tmp_path, known_run("dqn", "One-v0", 1, 100, rng, status="failed", error=error))
+    write_run(tmp_path, make_run("dqn", "One-v0", 1, 100, rng, status="failed", error=error))
     (line,) = [line for line in report(tmp_path).splitlines() if "seed 1" in line]
     assert line.startswith("- `dqn`, One-v0, seed 1: ProcessEnded: it printed: # a | b - 'c' xxx")
     assert len(line) < 400
 
 
-def test_steps_beyond_those_that_were_wanted_are_told(tmp_path):
+def test_more_steps_than_requested_are_reported(tmp_path):
     rng = np.random.default_rng(1)
-    put(tmp_path, known_run("dqn", "One-v0", 0, 100, rng, steps_taken=205))
-    put(tmp_path, known_run("ppo", "One-v0", 0, 100, rng, steps_taken=16_384))
+    write_run(tmp_path, make_run("dqn", "One-v0", 0, 100, rng, steps_taken=205))
+    write_run(tmp_path, make_run("ppo", "One-v0", 0, 100, rng, steps_taken=16_384))
     text = report(tmp_path)
-    assert "- `ppo`, One-v0: 16,384 instead of 200, evaluated for the last time after 16,384" in text
+    assert "- `ppo`, One-v0: 16,384 instead of 200, with the last evaluation after 16,384" in text
     assert "`dqn`, One-v0: " not in text
 
 
 def test_one_run_has_no_interval_and_few_have_a_warning(tmp_path):
-    put_all(tmp_path, {"dqn": 100}, n_seeds=1, envs=["One-v0"])
+    write_runs(tmp_path, {"dqn": 100}, n_seeds=1, envs=["One-v0"])
     text = report(tmp_path)
     assert re.search(r"\| One-v0 \| `dqn` \| 1 \| [\d.]+ \| [\d.]+ \|\n", text)
     assert "| One-v0 | `dqn` | 100 | 300 | 1.00 |" in text
@@ -197,63 +188,63 @@ def test_one_run_has_no_interval_and_few_have_a_warning(tmp_path):
 
 
 def test_many_runs_have_no_warning(tmp_path):
-    put_all(tmp_path, {"dqn": 100}, n_seeds=10, envs=["One-v0"])
+    write_runs(tmp_path, {"dqn": 100}, n_seeds=10, envs=["One-v0"])
     assert "narrower than they should be" not in report(tmp_path)
 
 
-def test_algorithms_that_share_more_environments_are_shown_over_those_too(tmp_path):
-    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 100, "qrdqn": 100}, n_seeds=4)
-    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 100}, n_seeds=4, envs=["Three-v0"])
+def test_algorithms_that_share_more_environments_have_another_aggregate(tmp_path):
+    write_runs(tmp_path, {"dqn": 100, "scratch_dqn": 100, "qrdqn": 100}, n_seeds=4)
+    write_runs(tmp_path, {"dqn": 100, "scratch_dqn": 100}, n_seeds=4, envs=["Three-v0"])
     text = report(tmp_path)
     assert "**One-v0, Three-v0, Two-v0**, in which `dqn`, `scratch_dqn` have runs" in text
     assert "**One-v0, Two-v0**, in which `dqn`, `qrdqn`, `scratch_dqn` have runs" in text
     assert {"profiles.png", "profiles_2.png"} < {path.name for path in (tmp_path / "report").iterdir()}
 
 
-def test_an_environment_in_which_nobody_learns_has_no_scale_but_a_verdict(tmp_path):
-    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 140})
+def test_an_environment_in_which_no_algorithm_learns_has_a_verdict_but_no_scale(tmp_path):
+    write_runs(tmp_path, {"dqn": 100, "scratch_dqn": 140})
     rng = np.random.default_rng(2)
     for algo in ("dqn", "scratch_dqn"):
         for seed in range(8):
-            put(tmp_path, known_run(algo, "Hard-v0", seed, 0, rng, reward_threshold=None))
+            write_run(tmp_path, make_run(algo, "Hard-v0", seed, 0, rng, reward_threshold=None))
     assert make_comparison(read_results(tmp_path)).bounds("Hard-v0") is None
     text = report(tmp_path)
-    assert "so that there is no scale: Hard-v0." in text
+    assert "scores cannot be normalised: Hard-v0." in text
     assert "**One-v0, Two-v0**, in which" in text
     assert "**Hard-v0, One-v0, Two-v0 together**, final return: `scratch_dqn` is **better** than `dqn`" in text
-    assert "in One-v0, Two-v0; a run of it" in text
+    assert "in One-v0, Two-v0; probability of improvement" in text
 
 
-def test_a_single_algorithm_is_shown_over_all_its_environments(tmp_path):
-    put_all(tmp_path, {"dqn": 100}, n_seeds=1)
+def test_a_single_algorithm_is_aggregated_over_all_its_environments(tmp_path):
+    write_runs(tmp_path, {"dqn": 100}, n_seeds=1)
     text = report(tmp_path)
     assert "**One-v0, Two-v0**, in which `dqn` have runs" in text
     assert re.search(r"\| `dqn` \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|\n", text), "one run has no interval"
 
 
-def test_algorithms_that_have_more_environments_than_the_reference_are_shown_with_it(tmp_path):
-    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 100}, n_seeds=4)
-    put_all(tmp_path, {"scratch_dqn": 100}, n_seeds=4, envs=["Three-v0"])
-    put_all(tmp_path, {"qrdqn": 100}, n_seeds=4, envs=["One-v0"])
+def test_algorithms_with_more_environments_than_the_reference_share_its_group(tmp_path):
+    write_runs(tmp_path, {"dqn": 100, "scratch_dqn": 100}, n_seeds=4)
+    write_runs(tmp_path, {"scratch_dqn": 100}, n_seeds=4, envs=["Three-v0"])
+    write_runs(tmp_path, {"qrdqn": 100}, n_seeds=4, envs=["One-v0"])
     assert make_comparison(read_results(tmp_path)).groups() == [["dqn", "scratch_dqn"]]
 
 
-def test_one_lucky_agent_before_training_is_no_scale(tmp_path):
+def test_the_scale_starts_at_the_mean_of_untrained_agents_not_at_the_best(tmp_path):
     rng = np.random.default_rng(2)
     for seed in range(10):
-        known = known_run("dqn", "One-v0", seed, 55, rng, reward_threshold=None)
-        known["curve"]["returns"][0] = [60.0, 60.0] if seed == 0 else [10.0, 10.0]
-        put(tmp_path, known)
+        content = make_run("dqn", "One-v0", seed, 55, rng, reward_threshold=None)
+        content["curve"]["returns"][0] = [60.0, 60.0] if seed == 0 else [10.0, 10.0]
+        write_run(tmp_path, content)
     low, high = make_comparison(read_results(tmp_path)).bounds("One-v0")
     assert low == pytest.approx(15)
     assert 50 < high < 60
 
 
-def test_pictures_of_an_earlier_report_go_and_other_files_stay(tmp_path):
-    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 100}, n_seeds=4)
+def test_pictures_of_an_earlier_report_are_removed_and_other_files_kept(tmp_path):
+    write_runs(tmp_path, {"dqn": 100, "scratch_dqn": 100}, n_seeds=4)
     report(tmp_path)
     own = tmp_path / "report" / "own.png"
-    own.write_text("somebody's")
+    own.write_text("a picture of the user")
     with (tmp_path / "report" / "report.md").open("a") as file:
         file.write("![mine](own.png)")
     assert (tmp_path / "report" / "profiles.png").exists()
@@ -264,8 +255,8 @@ def test_pictures_of_an_earlier_report_go_and_other_files_stay(tmp_path):
     assert own.exists()
 
 
-def test_what_users_have_in_their_settings_of_matplotlib_changes_nothing(tmp_path):
-    put_all(tmp_path, {"dqn": 100}, n_seeds=2, envs=["One-v0"])
+def test_settings_of_matplotlib_do_not_change_the_report(tmp_path):
+    write_runs(tmp_path, {"dqn": 100}, n_seeds=2, envs=["One-v0"])
     main(["report", str(tmp_path), "--out", str(tmp_path / "a")])
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black"}):
         main(["report", str(tmp_path), "--out", str(tmp_path / "b")])
@@ -274,9 +265,9 @@ def test_what_users_have_in_their_settings_of_matplotlib_changes_nothing(tmp_pat
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
-def test_runs_of_several_origins_are_told_apart(tmp_path):
-    put_all(tmp_path, {"dqn": 100}, n_seeds=3, envs=["One-v0"])
-    put(tmp_path, known_run("dqn", "One-v0", 3, 100, np.random.default_rng(0), commit="def"))
+def test_runs_of_several_commits_are_listed_separately(tmp_path):
+    write_runs(tmp_path, {"dqn": 100}, n_seeds=3, envs=["One-v0"])
+    write_run(tmp_path, make_run("dqn", "One-v0", 3, 100, np.random.default_rng(0), commit="def"))
     text = report(tmp_path)
     assert "- commit `abc`: 3 of `dqn` in One-v0" in text
     assert "- commit `def`: 1 of `dqn` in One-v0" in text
@@ -284,12 +275,12 @@ def test_runs_of_several_origins_are_told_apart(tmp_path):
 
 
 def test_the_reference_can_be_chosen(tmp_path):
-    put_all(tmp_path, {"dqn": 100, "scratch_dqn": 130})
+    write_runs(tmp_path, {"dqn": 100, "scratch_dqn": 130})
     assert "`dqn` is **worse** than `scratch_dqn`" in report(tmp_path, "--reference", "scratch_dqn")
 
 
-def test_the_commands_that_make_the_runs_are_told(tmp_path):
-    put_all(tmp_path, {"dqn": 100, "scratch_dqn:rainbow": 100}, n_seeds=2)
+def test_the_report_lists_the_commands_that_reproduce_the_runs(tmp_path):
+    write_runs(tmp_path, {"dqn": 100, "scratch_dqn:rainbow": 100}, n_seeds=2)
     expected = (
         "python -m sb3_scratch_dqn.bench run --algos dqn scratch_dqn:rainbow --envs One-v0 Two-v0 --seeds 2 -n 200 "
         "--evaluations 4 --eval-episodes 2 --out results"
@@ -297,45 +288,45 @@ def test_the_commands_that_make_the_runs_are_told(tmp_path):
     assert expected in report(tmp_path)
 
 
-def test_the_commands_begin_at_the_first_seed(tmp_path):
+def test_the_commands_start_at_the_first_seed(tmp_path):
     for seed in (100, 101):
-        put(tmp_path, known_run("dqn", "One-v0", seed, 100, np.random.default_rng(0)))
+        write_run(tmp_path, make_run("dqn", "One-v0", seed, 100, np.random.default_rng(0)))
     assert "--algos dqn --envs One-v0 --first-seed 100 --seeds 2 -n 200" in report(tmp_path)
 
 
-def test_figures_of_speed_are_kept_and_shown(tmp_path):
-    put_all(tmp_path, {"dqn": 100}, n_seeds=1)
-    rounds = [speed_results.Round(1.0, 0.1), speed_results.Round(2.0, 0.2)]
-    twice = [speed_results.Round(0.5, 0.1), speed_results.Round(1.0, 0.2)]
-    sb3 = speed_results.Figures(rounds, 2**30)
+def test_results_of_the_speed_benchmark_are_saved_and_reported(tmp_path):
+    write_runs(tmp_path, {"dqn": 100}, n_seeds=1)
+    rounds = [Round(1.0, 0.1), Round(2.0, 0.2)]
+    twice = [Round(0.5, 0.1), Round(1.0, 0.2)]
+    sb3 = Measurements(rounds, 2**30)
     cases = [
-        speed_results.Measured("a case", 100, {"sb3": sb3, "fused": speed_results.Figures(twice, 2**29)}, ORIGIN),
-        speed_results.Measured("another case", 100, {"sb3": sb3, "sbx": "ImportError: no"}, ORIGIN),
+        CaseResult("a case", 100, {"sb3": sb3, "fused": Measurements(twice, 2**29)}, PROVENANCE),
+        CaseResult("another case", 100, {"sb3": sb3, "sbx": "ImportError: no"}, PROVENANCE),
     ]
-    speed_results.save_speed(cases, tmp_path)
-    speed_results.save_speed(cases[1:], tmp_path)  # what is measured again takes the place of what was
-    assert speed_results.read_speed(tmp_path) == cases
+    save_speed(cases, tmp_path)
+    save_speed(cases[1:], tmp_path)  # replaces the earlier result of the same case
+    assert read_speed(tmp_path) == cases
     text = report(tmp_path)
     assert "| fused | 133 | 7 | 2.00 (2.00-2.00) | 1.00 (1.00-1.00) | 512 MiB |" in text
     assert "sbx: ImportError: no" in text
     assert (tmp_path / "report" / "speed.png").stat().st_size > 1000
 
 
-# What is refused
+# Invalid files and arguments
 
 
 def test_a_folder_without_results_is_refused(tmp_path, capsys):
-    assert f"{tmp_path} has no results" in refusal(tmp_path, capsys)
-    assert "must be a folder of results" in refusal(tmp_path / "nowhere", capsys)
+    assert f"{tmp_path} has no results" in refusal(capsys, "report", tmp_path)
+    assert "must be a folder of results" in refusal(capsys, "report", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("modify", "message"),
     [
         (lambda text: "", "is empty"),
-        (lambda text: text[:100], "is no JSON"),
-        (lambda text: "[]", "is no result of this benchmark"),
-        (lambda text: text.replace('"format": 1', '"format": 7'), "is no result of this benchmark"),
+        (lambda text: text[:100], "it is not JSON"),
+        (lambda text: "[]", "is not a result of this benchmark"),
+        (lambda text: text.replace('"format": 1', '"format": 7'), "is not a result of this benchmark"),
         (lambda text: text.replace('"curve"', '"kurve"'), "it has no 'curve'"),
         (lambda text: text.replace('"seed": 0', '"seed": "0"'), "'seed' in it is '0'"),
         (lambda text: text.replace('"algo": "dqn"', '"algo": null'), "'algo' in it is None"),
@@ -349,24 +340,24 @@ def test_a_folder_without_results_is_refused(tmp_path, capsys):
         (lambda text: text.replace('"status": "done"', '"error": "boom", "status": "done"'), "its error is 'boom'"),
         (lambda text: text.replace('"steps": [0, 50', '"steps": [0, 60'), "its evaluations are not those of"),
         (lambda text: text.replace('"steps": [0, 50', '"steps": [null, 50'), "its evaluations are not those of"),
-        (lambda text: text.replace('"eval_episodes": 2', '"eval_episodes": 3'), "it has not 3 episodes"),
+        (lambda text: text.replace('"eval_episodes": 2', '"eval_episodes": 3'), "it does not have 3 episodes"),
         (lambda text: text.replace('"cpu_seconds": [0.0', '"cpu_seconds": [null'), "cpu_seconds of its curve are not"),
         (lambda text: text.replace('"steps": [0, ', '"steps": ['), "differ in length"),
         (lambda text: re.sub(r'"returns": \[\[[^,]*', '"returns": [[NaN', text), "are not finite"),
-        (lambda text: re.sub(r'"returns": \[\[[^,]*', '"returns": [["x"', text), "its curve holds"),
+        (lambda text: re.sub(r'"returns": \[\[[^,]*', '"returns": [["x"', text), "its curve has an invalid value"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path, capsys, change, told):
-    path = put(tmp_path, known_run("dqn", "One-v0", 0, 100, np.random.default_rng(0)))
-    path.write_text(change(path.read_text()))
-    message = refusal(tmp_path, capsys)
-    assert str(path) in message
-    assert told in message
+def test_a_broken_file_is_named(tmp_path, capsys, modify, message):
+    path = write_run(tmp_path, make_run("dqn", "One-v0", 0, 100, np.random.default_rng(0)))
+    path.write_text(modify(path.read_text()))
+    error = refusal(capsys, "report", tmp_path)
+    assert str(path) in error
+    assert message in error
     assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize(
-    ("other", "change", "told"),
+    ("algo", "changes", "message"),
     [
         ("qrdqn", {"n_timesteps": 300}, "n_timesteps is 200"),
         ("qrdqn", {"same_settings": "dqn"}, "same_settings is None"),
@@ -375,48 +366,50 @@ def test_a_broken_file_is_named(tmp_path, capsys, change, told):
         ("dqn", {"hyperparameters": {"gamma": 0.9}}, "hyperparameters['gamma'] is 0.99"),
     ],
 )
-def test_mixed_settings_are_refused_and_both_files_named(tmp_path, capsys, other, change, told):
+def test_different_settings_are_refused_and_both_files_named(tmp_path, capsys, algo, changes, message):
     rng = np.random.default_rng(0)
-    first = put(tmp_path, known_run("dqn", "One-v0", 0, 100, rng))
-    known = known_run(other, "One-v0", 1, 100, rng)
-    if "n_timesteps" in change:
-        known["curve"]["steps"] = evaluation_steps(change["n_timesteps"], 4)
-    second = put(tmp_path, {**known, "settings": {**known["settings"], **change}})
-    message = refusal(tmp_path, capsys)
-    assert "settings are mixed" in message
-    assert told in message
-    assert str(first) in message
-    assert str(second) in message
+    first = write_run(tmp_path, make_run("dqn", "One-v0", 0, 100, rng))
+    content = make_run(algo, "One-v0", 1, 100, rng)
+    if "n_timesteps" in changes:
+        content["curve"]["steps"] = evaluation_steps(changes["n_timesteps"], 4)
+    second = write_run(tmp_path, {**content, "settings": {**content["settings"], **changes}})
+    error = refusal(capsys, "report", tmp_path)
+    assert "runs with different settings cannot be compared" in error
+    assert message in error
+    assert str(first) in error
+    assert str(second) in error
 
 
-def test_settings_for_all_are_for_all_environments(tmp_path, capsys):
+def test_same_settings_must_be_equal_in_all_environments(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    put(tmp_path, known_run("dqn", "One-v0", 0, 100, rng))
-    known = known_run("dqn", "Two-v0", 0, 100, rng)
-    put(tmp_path, {**known, "settings": {**known["settings"], "same_settings": "dqn"}})
-    assert "same_settings is None in" in refusal(tmp_path, capsys)
+    write_run(tmp_path, make_run("dqn", "One-v0", 0, 100, rng))
+    content = make_run("dqn", "Two-v0", 0, 100, rng)
+    write_run(tmp_path, {**content, "settings": {**content["settings"], "same_settings": "dqn"}})
+    assert "same_settings is None in" in refusal(capsys, "report", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["One-v0/dqn/seed_0_a.json", "One-v0/dqn/seed_1.json", "One-v0/dqn.bak/seed_0.json"])
 def test_no_run_is_counted_twice(tmp_path, capsys, name):
-    path = put(tmp_path, known_run("dqn", "One-v0", 0, 100, np.random.default_rng(0)))
+    path = write_run(tmp_path, make_run("dqn", "One-v0", 0, 100, np.random.default_rng(0)))
     copy = tmp_path / name
     copy.parent.mkdir(exist_ok=True)
     copy.write_bytes(path.read_bytes())
-    assert f"{copy} holds seed 0 of dqn in One-v0, which belongs into {path}" in refusal(tmp_path, capsys)
+    assert f"{copy} holds seed 0 of dqn in One-v0, which belongs in {path}" in refusal(capsys, "report", tmp_path)
 
 
-def test_a_report_goes_into_a_folder(tmp_path, capsys):
-    path = put(tmp_path, known_run("dqn", "One-v0", 0, 100, np.random.default_rng(0)))
-    assert f"--out '{path}' must be a folder, but {path} is a file" in refusal(tmp_path, capsys, "--out", str(path))
+def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
+    path = write_run(tmp_path, make_run("dqn", "One-v0", 0, 100, np.random.default_rng(0)))
+    assert f"--out '{path}' must be a folder, but {path} is a file" in refusal(
+        capsys, "report", tmp_path, "--out", path
+    )
 
 
 def test_an_unknown_reference_is_refused(tmp_path, capsys):
-    put_all(tmp_path, {"dqn": 100}, n_seeds=1)
-    assert "--reference 'ppo' must be one of dqn" in refusal(tmp_path, capsys, "--reference", "ppo")
+    write_runs(tmp_path, {"dqn": 100}, n_seeds=1)
+    assert "--reference 'ppo' must be one of dqn" in refusal(capsys, "report", tmp_path, "--reference", "ppo")
 
 
-def test_a_broken_file_of_speed_is_named(tmp_path, capsys):
-    put_all(tmp_path, {"dqn": 100}, n_seeds=1)
+def test_a_broken_speed_file_is_named(tmp_path, capsys):
+    write_runs(tmp_path, {"dqn": 100}, n_seeds=1)
     (tmp_path / "speed.json").write_text('{"format": 1}')
-    assert f"{tmp_path / 'speed.json'} is broken: KeyError('cases')" in refusal(tmp_path, capsys)
+    assert f"{tmp_path / 'speed.json'} is broken: KeyError('cases')" in refusal(capsys, "report", tmp_path)

@@ -1,4 +1,4 @@
-"""The statistics of a comparison, against rliable, SciPy, and runs whose distribution is known."""
+"""The statistics of a comparison, against rliable, SciPy, and runs from known distributions."""
 
 from itertools import combinations, product
 
@@ -18,7 +18,7 @@ OTHERS = [task + 0.2 * RNG.normal(size=8) for task in TASKS]
 
 
 def as_matrix(tasks):
-    """Runs x tasks, as rliable wants them."""
+    """Return the scores as rliable expects them: runs x tasks."""
     return np.stack(tasks, axis=1)
 
 
@@ -31,30 +31,30 @@ STATISTICS = {
 
 
 @pytest.mark.parametrize("name", STATISTICS)
-def test_aggregates_are_those_of_rliable(name):
+def test_aggregates_equal_those_of_rliable(name):
     ours, theirs = STATISTICS[name]
     assert ours(TASKS) == pytest.approx(theirs(as_matrix(TASKS)), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", STATISTICS)
-def test_intervals_are_those_of_rliable_up_to_the_chance_of_a_bootstrap(name):
+def test_intervals_agree_with_rliable_up_to_bootstrap_noise(name):
     ours, theirs = STATISTICS[name]
     estimate = stats.interval(TASKS, ours)
-    _, ends = rliable_library.get_interval_estimates(
+    _, bounds = rliable_library.get_interval_estimates(
         {"a": as_matrix(TASKS)}, lambda scores: np.array([theirs(scores)]), reps=5000
     )
-    assert float(estimate.low) == pytest.approx(ends["a"][0, 0], abs=0.02)
-    assert float(estimate.high) == pytest.approx(ends["a"][1, 0], abs=0.02)
-    assert estimate.high - estimate.low > 0.2  # so 0.02 says something
+    assert float(estimate.low) == pytest.approx(bounds["a"][0, 0], abs=0.02)
+    assert float(estimate.high) == pytest.approx(bounds["a"][1, 0], abs=0.02)
+    assert estimate.high - estimate.low > 0.2  # much more than the tolerance of 0.02
 
 
-def test_the_probability_of_improvement_is_that_of_rliable():
+def test_the_probability_of_improvement_equals_that_of_rliable():
     ours = float(stats.probability_of_improvement(TASKS, OTHERS))
     theirs = rliable_metrics.probability_of_improvement(as_matrix(TASKS), as_matrix(OTHERS))
     assert ours == pytest.approx(theirs, abs=1e-12)
 
 
-def test_profiles_are_those_of_rliable():
+def test_profiles_equal_those_of_rliable():
     thresholds = np.linspace(-0.5, 2, 26)
     theirs, _ = rliable_library.create_performance_profile({"a": as_matrix(TASKS)}, thresholds, reps=10)
     assert stats.profile(TASKS, thresholds) == pytest.approx(theirs["a"], abs=1e-12)
@@ -64,9 +64,9 @@ def test_the_curve_has_the_interquartile_mean_at_each_evaluation():
     returns = np.array([[1.0, 8.0], [2.0, 6.0], [3.0, 4.0], [100.0, 2.0]])
     estimate = stats.curve_interval(returns)
     assert estimate.value == pytest.approx([2.5, 5.0])
-    each = [stats.interval([column], lambda drawn: stats.iqm(drawn[0])) for column in returns.T]
-    assert estimate.low == pytest.approx([float(one.low) for one in each])
-    assert estimate.high == pytest.approx([float(one.high) for one in each])
+    separate = [stats.iqm_interval(column) for column in returns.T]
+    assert estimate.low == pytest.approx([float(single.low) for single in separate])
+    assert estimate.high == pytest.approx([float(single.high) for single in separate])
 
 
 def test_ties_count_half():
@@ -82,8 +82,8 @@ def test_the_permutation_test_agrees_with_the_exact_one(ties):
 
     def statistic(a, b):
         with np.errstate(all="ignore"):
-            found = abs(brunnermunzel(a, b, distribution="normal").statistic)
-        return 0.0 if stats.probability_of_improvement([a], [b]) == 0.5 else round(found, 9)
+            value = abs(brunnermunzel(a, b, distribution="normal").statistic)
+        return 0.0 if stats.probability_of_improvement([a], [b]) == 0.5 else round(value, 9)
 
     exact = permutation_test(
         (ours, theirs), statistic, permutation_type="independent", alternative="greater", n_resamples=np.inf
@@ -92,10 +92,10 @@ def test_the_permutation_test_agrees_with_the_exact_one(ties):
     assert stats.compare([ours], [theirs]).p == pytest.approx(exact.pvalue, abs=0.005)
 
 
-def test_several_tasks_are_tested_as_one_by_one_arithmetic_has_it():
+def test_several_tasks_agree_with_a_naive_test():
     tasks = [(np.array([3.0, 5, 1]), np.array([2.0, 0, 4, 2])), (np.array([1.0, 9]), np.array([2.0, 3]))]
 
-    def clearness(groups):
+    def statistic(groups):
         advantage, variance = 0.0, 0.0
         for a, b in groups:
             over = np.array([np.mean([(x > y) + (x == y) / 2 for y in b]) for x in a])
@@ -104,19 +104,19 @@ def test_several_tasks_are_tested_as_one_by_one_arithmetic_has_it():
             variance += np.var(over, ddof=1) / len(a) + np.var(under, ddof=1) / len(b)
         return abs(advantage) / np.sqrt(variance) if variance else np.inf if advantage else 0.0
 
-    def regroupings(a, b):
-        together = np.concatenate([a, b])
-        for chosen in combinations(range(len(together)), len(a)):
-            rest = np.setdiff1d(np.arange(len(together)), chosen)
-            yield together[list(chosen)], together[rest]
+    def arrangements(a, b):
+        pooled = np.concatenate([a, b])
+        for chosen in combinations(range(len(pooled)), len(a)):
+            rest = np.setdiff1d(np.arange(len(pooled)), chosen)
+            yield pooled[list(chosen)], pooled[rest]
 
-    seen = clearness(tasks)
-    others = [clearness(groups) for groups in product(*(list(regroupings(a, b)) for a, b in tasks))]
-    exact = np.mean(np.array(others) >= seen * (1 - 1e-9))
+    observed = statistic(tasks)
+    permuted = [statistic(groups) for groups in product(*(list(arrangements(a, b)) for a, b in tasks))]
+    exact = np.mean(np.array(permuted) >= observed * (1 - 1e-9))
     assert stats.compare(*zip(*tasks, strict=True)).p == pytest.approx(exact, abs=0.005)
 
 
-def test_p_hangs_little_on_how_runs_were_shuffled(monkeypatch):
+def test_p_depends_little_on_the_shuffles(monkeypatch):
     rng = np.random.default_rng(5)
     ours, theirs = [rng.normal(0.5, 1, 16)], [rng.normal(0, 1, 16)]
     ps = []
@@ -124,38 +124,38 @@ def test_p_hangs_little_on_how_runs_were_shuffled(monkeypatch):
         monkeypatch.setattr(stats, "_SEED", seed)
         ps.append(stats.compare(ours, theirs, resamples=2).p)
     assert max(ps) - min(ps) < 0.004
-    # Not at all on which of the two is named first, or which run
+    # It does not depend at all on the order of the algorithms or of the runs
     assert stats.compare(theirs, ours, resamples=2).p == ps[-1]
     assert stats.compare([ours[0][::-1]], theirs, resamples=2).p == ps[-1]
 
 
-def test_where_all_arrangements_can_be_looked_at_p_is_exact():
+def test_p_is_exact_if_all_arrangements_are_enumerated():
     ours, theirs = np.array([0.0, 1, 2, 3, 4, 5, 8]), np.array([6.0, 7, 9])
     for a, b in ((ours, theirs), (theirs, ours), (ours[::-1], theirs)):
         assert stats.compare([a], [b]).p == pytest.approx(6 / 120, abs=1e-12)
 
 
 @pytest.mark.parametrize(("n_tasks", "n_theirs"), [(6, 1), (10, 1), (4, 2), (7, 2)])
-def test_single_runs_that_win_everywhere_are_as_clear_as_they_can_be(n_tasks, n_theirs):
+def test_single_runs_that_win_in_all_tasks_have_the_lowest_p(n_tasks, n_theirs):
     verdict = stats.compare([np.array([1.0])] * n_tasks, [np.linspace(0, 0.5, n_theirs)] * n_tasks)
-    assert verdict.p == pytest.approx(verdict.lowest_p)
+    assert verdict.p == pytest.approx(verdict.min_p)
     assert verdict.p == pytest.approx(2 / (1 + n_theirs) ** n_tasks)
     assert verdict.word == "better"
 
 
-def test_to_win_everywhere_is_clearer_than_to_lose_somewhere():
+def test_p_is_lower_for_wins_in_all_tasks_than_in_most():
     high, low = np.arange(4) + 100.0, np.arange(4) * 1.0
     everywhere = stats.compare([high, high, high], [low, low, low]).p
     mostly = stats.compare([high, high, low], [low, low, high]).p
     assert everywhere < mostly / 3
 
 
-def test_scores_that_are_no_numbers_are_refused():
+def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="finite"):
         stats.compare([np.array([1.0, np.nan])], [np.array([1.0, 2.0])])
 
 
-def test_tasks_with_more_runs_weigh_no_more():
+def test_tasks_with_more_runs_have_no_more_weight():
     easy, hard = np.array([0.9, 1.0]), np.array([0.1, 0.0])
     some, many = [np.tile(easy, 8), np.tile(hard, 2)], [np.tile(easy, 2), np.tile(hard, 8)]
     for statistic in (stats.pooled_iqm, stats.mean_of_means, stats.median_of_means, stats.optimality_gap):
@@ -163,13 +163,13 @@ def test_tasks_with_more_runs_weigh_no_more():
     assert float(stats.pooled_iqm(some)) == pytest.approx(float(stats.pooled_iqm([np.tile(easy, 8), np.tile(hard, 8)])))
     thresholds = np.linspace(-0.1, 1.1, 7)
     assert stats.profile(some, thresholds) == pytest.approx(stats.profile(many, thresholds))
-    # Of arrays with a leading axis too
+    # The same for arrays with a leading axis
     both = [np.stack([task, task]) for task in some]
     assert stats.pooled_iqm(both) == pytest.approx(np.full(2, float(stats.pooled_iqm(some))))
 
 
 def verdicts(n, shift, times, seed, n_tasks=1):
-    """The words for runs with heavy tails, of which one algorithm's are shifted by so much."""
+    """Return the words for runs with heavy tails, those of one algorithm shifted by a constant."""
     rng = np.random.default_rng(seed)
     words = []
     for _ in range(times):
@@ -186,26 +186,26 @@ def test_equal_algorithms_rarely_differ(n, n_tasks):
 
 
 @pytest.mark.parametrize(("n", "m"), [(10, 10), (5, 20), (5, 5)])
-def test_algorithms_that_are_only_less_steady_are_rarely_called_better_or_worse(n, m):
+def test_algorithms_that_differ_only_in_spread_are_rarely_called_better_or_worse(n, m):
     rng = np.random.default_rng(n)
-    verdicts = [
+    words = [
         stats.compare([rng.normal(scale=10, size=n)], [rng.normal(size=m)], resamples=2, shuffles=400).word
         for _ in range(400)
     ]
-    # Without the standard error these are 93% and 79%
-    assert verdicts.count("no difference") >= 0.92 * len(verdicts)
+    # Without the standard error these shares are 93% and 79%
+    assert words.count("no difference") >= 0.92 * len(words)
 
 
-def test_the_test_is_not_blind():
+def test_clear_differences_are_found():
     assert verdicts(10, 3, 50, seed=1).count("better") >= 48
     assert verdicts(10, -3, 50, seed=1).count("worse") >= 48
 
 
-def test_three_runs_can_tell_nothing_and_four_can():
+def test_three_runs_are_too_few_and_four_are_enough():
     three, four = (stats.compare([np.arange(n) + 100.0], [np.arange(n) * 1.0]) for n in (3, 4))
-    assert (three.possible, three.word) == (False, "no difference")
-    assert three.lowest_p == pytest.approx(0.1)
-    assert (four.possible, four.word) == (True, "better")
+    assert (three.enough_runs, three.word) == (False, "no difference")
+    assert three.min_p == pytest.approx(0.1)
+    assert (four.enough_runs, four.word) == (True, "better")
 
 
 def test_the_same_scores_give_the_same_figures():
