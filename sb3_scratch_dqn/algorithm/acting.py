@@ -1,22 +1,20 @@
 """Epsilon-greedy actions with action masks: in predictions, and in rollouts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 
 from sb3_scratch_dqn.algorithm.exploration import Actions, Envs, epsilon_greedy, make_epsilon_schedule
-from sb3_scratch_dqn.algorithm.finite import check_observations, check_rewards, fast_all_finite
 from sb3_scratch_dqn.algorithm.persistence import PersistentAlgorithm
 from sb3_scratch_dqn.common.check_spaces import check_observation
 from sb3_scratch_dqn.common.interrupts import Interrupts
 from sb3_scratch_dqn.common.overrides import is_overridden
 from sb3_scratch_dqn.replay import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.observations import Array, Observation
-from sb3_scratch_dqn.values.masks import Masks, check_masks, find_masks, masks_of_next_states
-from sb3_scratch_dqn.values.support import SupportMonitor
+from sb3_scratch_dqn.values.masks import Masks, check_masks, find_masks
+from sb3_scratch_dqn.values.support_monitor import SupportMonitor
 
 
 class GreedyActor(Protocol):
@@ -34,14 +32,14 @@ class GreedyActor(Protocol):
 class EpsilonGreedyAlgorithm(PersistentAlgorithm):
     """The part of ``ScratchDQN`` that chooses actions, and keeps epsilon and the action masks up to date.
 
-    Environments are asked for ``action_masks()`` once, when training begins.
+    Whether environments have action masks is determined once, when training begins; masks are read after every step.
     """
 
     _read_masks: Callable[[], Masks] | None = None  # reads the masks of the environments; None if they have no masks
     _masks: Masks | None = None  # in the current states, (n_envs, A)
     _fast_actor: GreedyActor | None = None  # bypasses predict(); None where it must be called
     _adds_directly: bool = False  # transitions go to the buffer without the copies that SB3 makes
-    _engine_checked: bool = False  # no code of users ran since the engine was last checked
+    _engine_checked: bool = False  # no user code ran since the engine was last checked
     _support_monitor: SupportMonitor | None = None
     _interrupts = Interrupts()  # learn() replaces it by one that is active
 
@@ -73,7 +71,7 @@ class EpsilonGreedyAlgorithm(PersistentAlgorithm):
         masks = None
         if action_masks is not None:
             masks = check_masks(action_masks, self._count(observation) or 1, self._n_actions)
-        # A policy of users may not have the argument
+        # A user-defined policy might not have the argument
         kwargs = {} if masks is None else {"action_masks": masks}
         if deterministic:
             return self.policy.predict(observation, state, episode_start, True, **kwargs)
@@ -84,7 +82,7 @@ class EpsilonGreedyAlgorithm(PersistentAlgorithm):
             return self.policy.predict(observation, state, episode_start, False, **kwargs)
 
         def greedy_actions(envs: Envs | None) -> Actions:
-            # For all observations, as a policy of users may depend on all of them
+            # For all observations, as a user-defined policy may depend on all of them
             actions: Actions = self.policy.predict(observation, state, episode_start, False, **kwargs)[0]
             return actions if envs is None else actions[envs]
 
@@ -133,7 +131,9 @@ class EpsilonGreedyAlgorithm(PersistentAlgorithm):
         )
 
     def _update_exploration_rate(self) -> None:
-        if self._epsilon_schedule_source is not self.exploration_schedule:  # written past Setting
+        if (
+            self._epsilon_schedule_source is not self.exploration_schedule
+        ):  # assigned through __dict__, which bypasses Setting
             self._make_epsilon_schedule()
         self.exploration_rate = self._epsilon_schedule(
             self._current_progress_remaining, self._episodes_finished, self._env_steps
@@ -154,7 +154,7 @@ class EpsilonGreedyAlgorithm(PersistentAlgorithm):
         return None
 
     def _select_fast_paths(self) -> None:
-        """Select the fast paths for the next steps: those that bypass no code of users."""
+        """Select the fast paths for the next steps: those that bypass no user code."""
         uses_own_predict = self._masks is None and not is_overridden(self, EpsilonGreedyAlgorithm, "predict")
         self._fast_actor = self._find_fast_actor() if uses_own_predict else None
         self._adds_directly = (
@@ -172,7 +172,7 @@ class EpsilonGreedyAlgorithm(PersistentAlgorithm):
         if self.num_timesteps < learning_starts:
             actions = np.array([self._random_action(env, self._masks) for env in range(n_envs)])
         elif act is None:
-            # A predict() of users may not have the argument
+            # An overridden predict() might not have the argument
             kwargs: dict[str, Any] = {} if self._masks is None else {"action_masks": self._masks}
             actions, _ = self.predict(observation, deterministic=False, **kwargs)
         elif n_envs == 1:
@@ -187,59 +187,3 @@ class EpsilonGreedyAlgorithm(PersistentAlgorithm):
                 lambda envs: act(observation, envs),
             )
         return actions, actions
-
-    def _check_finite(self, new_obs: Observation, rewards: Array, infos: Sequence[dict[str, Any]]) -> None:
-        """Raise ValueError unless the rewards and observations of a step are finite.
-
-        :param new_obs: ``(n_envs, ...)``
-        :param rewards: ``(n_envs,)``
-        :param infos: of the environments; checked for the last observations of episodes
-        """
-        if self._vec_normalize_env is not None:  # the buffer stores values before normalisation
-            new_obs, rewards = self._vec_normalize_env.get_original_obs(), self._vec_normalize_env.get_original_reward()
-        check_rewards(rewards, self.num_timesteps)
-        check_observations(new_obs, self.num_timesteps)
-        for env, info in enumerate(infos):
-            if "terminal_observation" in info:
-                check_observations(info["terminal_observation"], self.num_timesteps, env)
-
-    def _check_first_observations(self) -> None:
-        """Raise ValueError unless the observations of the reset environments are finite."""
-        first = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
-        assert first is not None
-        check_observations(first, self.num_timesteps)
-
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: Array,
-        new_obs: Observation,
-        reward: Array,
-        dones: Array,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        ended = any(dones)
-        if self._checks_finite and (
-            ended or self._vec_normalize_env is not None or not fast_all_finite(new_obs, reward)
-        ):
-            self._check_finite(new_obs, reward, infos if ended else ())
-        if self._masks is not None:
-            assert self._read_masks is not None
-            masks_now = self._read_masks()
-            next_masks = masks_of_next_states(masks_now, dones, infos)
-            infos = [
-                {**info, "action_masks": mask, "next_action_masks": next_mask}
-                for info, mask, next_mask in zip(infos, self._masks, next_masks, strict=True)
-            ]
-            self._masks = masks_now
-        if self._adds_directly and not ended:
-            # SB3 copies the observations to write the last ones of episodes into the copy. No episode ended here, and
-            # the buffer copies what it stores
-            replay_buffer.add(self._last_obs, new_obs, buffer_action, reward, dones, infos)  # type: ignore[arg-type]  # dicts too
-            self._last_original_obs, self._last_obs = self._last_obs, new_obs
-        else:
-            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        if self._support_monitor is not None:
-            self._support_monitor.step(reward, dones, self.gamma)
-        self._episodes_ended_now = int(np.count_nonzero(dones)) if ended else 0
-        self._episodes_finished += self._episodes_ended_now

@@ -1,4 +1,4 @@
-"""The attributes of ``ScratchDQN`` that the modules of this room read and write.
+"""The attributes of ``ScratchDQN`` that the modules of this package read and write.
 
 :class:`DQNBase` declares them and does nothing else, so that functions that take a model need not import
 ``ScratchDQN``.
@@ -34,7 +34,7 @@ class DQNBase(OffPolicyAlgorithm):
     engine: str
     check_finite: bool | str
 
-    # ScratchDQN itself: instances of subclasses may run code of users at any time
+    # ScratchDQN itself: instances of subclasses may run user code at any time
     _unextended_class: ClassVar[type | None] = None
 
     # Names of settings that only models of this algorithm have; a file without any of them was saved by another one
@@ -49,7 +49,7 @@ class DQNBase(OffPolicyAlgorithm):
     _mid_step: bool = False  # the environments may be ahead of the last observation
 
     # Derived from the settings
-    _is_reference: bool = False  # training equals SB3's DQN to the last bit
+    _matches_sb3: bool = False  # training equals SB3's DQN to the last bit
     _checks_finite: bool = True
 
     def _setting_changed(self, name: str) -> None:

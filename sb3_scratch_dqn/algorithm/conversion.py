@@ -19,7 +19,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_scratch_dqn.algorithm.base import DQNBase
-from sb3_scratch_dqn.algorithm.settings import READERS, enabled_extras
+from sb3_scratch_dqn.algorithm.settings import PARSERS, enabled_extras
 from sb3_scratch_dqn.common.check_spaces import check_environment
 from sb3_scratch_dqn.common.check_training import check_device
 from sb3_scratch_dqn.common.files import policy_module, read_model_settings
@@ -78,7 +78,7 @@ def from_sb3(
     for name, value in settings.items():
         if name not in signature(cls).parameters.keys() - _NOT_SETTABLE:
             raise ValueError(f"{name}={value!r} is not a setting that from_sb3 can change")
-    settings = {name: READERS[name](name, value) if name in READERS else value for name, value in settings.items()}
+    settings = {name: PARSERS[name](name, value) if name in PARSERS else value for name, value in settings.items()}
     check_device(device)
     if env is not None:
         check_environment(env)
@@ -88,7 +88,7 @@ def from_sb3(
         _check_saved_by_dqn(source)
         model = DQN.load(source, env=env, device=device)
     elif env is not None:
-        raise ValueError(f"env={env!r} can only be given with a file; set_env() replaces that of a model")
+        raise ValueError(f"env={env!r} is only accepted if model is a file; for a model, call set_env() afterwards")
     if not isinstance(model, DQN):
         raise ValueError(f"model={model!r} must be a DQN of Stable-Baselines3, or the path of one")
 

@@ -11,14 +11,14 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name
 
 from sb3_scratch_dqn.algorithm import conversion
-from sb3_scratch_dqn.algorithm.learning import Learning
+from sb3_scratch_dqn.algorithm.learning import LearningAlgorithm
 from sb3_scratch_dqn.algorithm.replay_setup import make_replay_buffer
 from sb3_scratch_dqn.algorithm.settings import (
     REFERENCE_DEFAULTS,
     check_exploration,
     check_learning,
     check_settings,
-    read_verbose,
+    parse_verbose,
     with_settings,
 )
 from sb3_scratch_dqn.common import check_spaces, check_training, checks
@@ -31,23 +31,25 @@ Self = TypeVar("Self", bound="ScratchDQN")
 
 
 @with_settings
-class ScratchDQN(Learning):
+class ScratchDQN(LearningAlgorithm):
     """Deep Q-Network, from scratch (https://arxiv.org/abs/1312.5602, https://www.nature.com/articles/nature14236).
 
     The positional parameters and their defaults are those of SB3's ``DQN``; the keyword-only ones are additional. With
-    their defaults it computes what SB3's ``DQN`` computes: up to rounding, with ``engine="eager"`` and one environment
-    to the last bit. With several environments, each has its own epsilon coin.
+    their defaults it equals SB3's ``DQN`` up to rounding, and with ``engine="eager"`` and one environment bit for bit.
+    With several environments, each decides independently whether to explore.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or a subclass of ``DQNPolicy``
     :param env: the environment to train in, or its name
     :param learning_rate: learning rate, or a function of the remaining progress (1 to 0)
     :param buffer_size: capacity of the replay buffer in transitions, at least ``batch_size``
-    :param learning_starts: environment steps with random actions before the first update
+    :param learning_starts: environment steps with random actions before the first gradient step
     :param batch_size: transitions per gradient step
     :param tau: step size of updates of the target network; 1 copies the online network
     :param gamma: discount of one step
-    :param train_freq: environment steps between updates, or ``(1, "episode")`` for episodes
-    :param gradient_steps: gradient steps per update; -1 for as many as environment steps since the last update
+    :param train_freq: calls of ``env.step()``, each a step of all environments, between calls of ``train()``; or
+        ``(1, "episode")`` for episodes
+    :param gradient_steps: gradient steps per call of ``train()``; -1 for as many as environment steps since the last
+        call
     :param replay_buffer_class: a class other than :class:`ScratchReplayBuffer`, such as ``HerReplayBuffer``
     :param replay_buffer_kwargs: its arguments; for :class:`ScratchReplayBuffer` ``prioritized``, ``alpha``, ``beta``,
         ``beta_final``, ``epsilon``, and ``frames``: store each frame of stacked observations once; ``"auto"`` if the
@@ -143,7 +145,7 @@ class ScratchDQN(Learning):
             policy = conversion.to_own_policy(policy)
             checks.check_subclass("policy", policy, DQNPolicy)
         check_training.check_device(device)
-        verbose = read_verbose("verbose", verbose)
+        verbose = parse_verbose("verbose", verbose)
         checks.check_bool("_init_setup_model", _init_setup_model)
         for name, kwargs in (("policy_kwargs", policy_kwargs), ("replay_buffer_kwargs", replay_buffer_kwargs)):
             if kwargs is not None:  # SB3 treats every false value as no arguments
@@ -230,14 +232,14 @@ class ScratchDQN(Learning):
         self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
         self._make_epsilon_schedule()
-        self._update_reference_mode()
+        self._update_checks()
         self._choose_engine()
 
     def _setting_changed(self, name: str) -> None:
         if "policy" not in vars(self):  # _setup_model() will read the settings
             return
         if name in ("check_finite", "engine", *REFERENCE_DEFAULTS):
-            self._update_reference_mode()
+            self._update_checks()
         if name == "learning_rate":
             self._setup_lr_schedule()
         elif name.startswith("exploration_"):

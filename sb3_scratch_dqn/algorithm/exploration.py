@@ -1,8 +1,8 @@
 """Epsilon schedules, and epsilon-greedy action selection.
 
-Schedules are called once per environment step. ``progress_remaining`` goes from 1 to 0 over ``total_timesteps`` of
-``learn()``; ``episodes`` counts the episodes finished since ``learn()`` began; ``steps`` counts environment steps over
-all calls of ``learn()``.
+Schedules are called after each call of ``env.step()``. ``progress_remaining`` goes from 1 to 0 over ``total_timesteps``
+of ``learn()``; ``episodes`` counts the episodes finished since ``learn()`` last reset the counters; ``steps`` counts
+environment steps, ``n_envs`` per call, over all calls of ``learn()``.
 """
 
 from collections.abc import Callable
@@ -98,7 +98,7 @@ def epsilon_greedy(
     random_action: Callable[[int], np.generic],
     greedy_actions: Callable[[Envs | None], Actions],
 ) -> Actions:
-    """Choose an action for each environment, with one coin toss per environment.
+    """Choose an action for each environment, with one random number per environment.
 
     With one environment it draws the same random numbers as SB3's DQN, from NumPy's global generator and by
     ``random_action``.

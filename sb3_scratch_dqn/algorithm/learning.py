@@ -12,19 +12,19 @@ from stable_baselines3.common.utils import configure_logger
 from sb3_scratch_dqn.algorithm import offline
 from sb3_scratch_dqn.algorithm.replay_setup import warn_of_memory
 from sb3_scratch_dqn.algorithm.settings import enabled_extras
-from sb3_scratch_dqn.algorithm.subprocesses import PIPE_ERRORS, find_dead_environment, unblock_on_death
+from sb3_scratch_dqn.algorithm.subprocesses import PIPE_ERRORS, close_pipes_of_ended_processes, find_ended_process
 from sb3_scratch_dqn.algorithm.target_sync import sync_is_due
-from sb3_scratch_dqn.algorithm.updates import EngineUpdates
+from sb3_scratch_dqn.algorithm.updates import GradientStepAlgorithm
 from sb3_scratch_dqn.common import check_training, checks
 from sb3_scratch_dqn.common.interrupts import Interrupts
 from sb3_scratch_dqn.replay import check_sampling
 from sb3_scratch_dqn.values.heads import CategoricalHead
-from sb3_scratch_dqn.values.support import SupportMonitor
+from sb3_scratch_dqn.values.support_monitor import SupportMonitor
 
-Self = TypeVar("Self", bound="Learning")
+Self = TypeVar("Self", bound="LearningAlgorithm")
 
 
-class Learning(EngineUpdates):
+class LearningAlgorithm(GradientStepAlgorithm):
     """The part of ``ScratchDQN`` that trains: it prepares ``learn()``, and acts after each step of the environments."""
 
     def learn(
@@ -38,12 +38,13 @@ class Learning(EngineUpdates):
     ) -> Self:
         """Train in the environments.
 
-        :param total_timesteps: environment steps to take, at least
+        :param total_timesteps: minimum number of environment steps to take
         :param callback: called at every step
         :param log_interval: episodes between logs; ``None`` for no logs
         :param tb_log_name: name of the run in TensorBoard
         :param reset_num_timesteps: restart the schedules and the counter of steps
         :param progress_bar: show a progress bar
+        :return: the model
         :raises ValueError: for an invalid argument, and for rewards and observations that are not finite, unless
             ``check_finite`` is off
         :raises ChildProcessError: if the process of an environment in a ``SubprocVecEnv`` ended
@@ -51,7 +52,7 @@ class Learning(EngineUpdates):
         _check_learn_arguments(callback, log_interval, tb_log_name, progress_bar)
         checks.check_bool("reset_num_timesteps", reset_num_timesteps)
         try:
-            with Interrupts() as self._interrupts, unblock_on_death(self.env):
+            with Interrupts() as self._interrupts, close_pipes_of_ended_processes(self.env):
                 return super().learn(
                     total_timesteps=total_timesteps,
                     callback=callback,
@@ -61,10 +62,10 @@ class Learning(EngineUpdates):
                     progress_bar=progress_bar,
                 )
         except PIPE_ERRORS as error:
-            death = find_dead_environment(self.env)
-            if death is None:
+            ended_error = find_ended_process(self.env)
+            if ended_error is None:
                 raise
-            raise death from error
+            raise ended_error from error
         finally:
             self._engine_checked = False
             vars(self).pop("_interrupts", None)
@@ -91,7 +92,8 @@ class Learning(EngineUpdates):
         :param tb_log_name: name of the run in TensorBoard
         :param progress_bar: show a progress bar
         :param target_update_interval: gradient steps between updates of the target network; by default the number that
-            ``learn()`` takes between them, given ``target_update_interval``, ``train_freq`` and ``gradient_steps``
+            ``learn()`` takes between them, given ``target_update_interval``, ``train_freq`` and ``gradient_steps``; if
+            ``train_freq`` counts episodes, one gradient step per environment step is assumed
         :raises ValueError: for an invalid argument, or if the replay buffer is empty
         """
         _check_learn_arguments(callback, log_interval, tb_log_name, progress_bar)
@@ -99,7 +101,7 @@ class Learning(EngineUpdates):
         interval = offline.target_interval(self, target_update_interval)
         assert self.replay_buffer is not None
         if self.replay_buffer.size() == 0:
-            raise ValueError("the replay buffer is empty: fill it first, by load_transitions() or load_replay_buffer()")
+            raise ValueError("the replay buffer is empty: call load_transitions() or load_replay_buffer() first")
         check_sampling(self.replay_buffer, masked=False)
         self._engine_for_training().attach()
         self._create_logger(tb_log_name, reset_num_timesteps=True)
@@ -120,7 +122,7 @@ class Learning(EngineUpdates):
         check_training.check_buffer_holds_batch(self.buffer_size, self.batch_size)
         check_training.check_total_timesteps(total_timesteps)
         self._engine_for_training().attach()
-        self._update_reference_mode()
+        self._update_checks()
         self._update_support_monitor()
         if self._mid_step:  # a step was interrupted: the last observation may not be the environments' current one
             self._last_obs = None
@@ -155,10 +157,10 @@ class Learning(EngineUpdates):
             log = None if self.tensorboard_log is None else os.fspath(self.tensorboard_log)
             self._logger = configure_logger(self.verbose, log, tb_log_name, reset_num_timesteps)
 
-    def _update_reference_mode(self) -> None:
+    def _update_checks(self) -> None:
         """Decide whether training must equal SB3's to the last bit, and whether numbers are checked for NaN."""
-        self._is_reference = self.engine == "eager" and not enabled_extras(self)
-        self._checks_finite = self.check_finite is True or (self.check_finite == "auto" and not self._is_reference)
+        self._matches_sb3 = self.engine == "eager" and not enabled_extras(self)
+        self._checks_finite = self.check_finite is True or (self.check_finite == "auto" and not self._matches_sb3)
 
     def _update_support_monitor(self) -> None:
         """Compare returns with the support of the head if that is C51."""
@@ -171,7 +173,7 @@ class Learning(EngineUpdates):
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
         # The last rollout may exceed total_timesteps; SB3's learning rates become negative then
-        if self._current_progress_remaining < 0 and not self._is_reference:
+        if self._current_progress_remaining < 0 and not self._matches_sb3:
             self._current_progress_remaining = 0.0
 
     def _on_step(self) -> None:

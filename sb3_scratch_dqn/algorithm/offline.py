@@ -7,14 +7,14 @@ from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.type_aliases import MaybeCallback, TrainFreq, TrainFrequencyUnit
 
 from sb3_scratch_dqn.algorithm.rollout import is_noop
-from sb3_scratch_dqn.algorithm.updates import EngineUpdates
+from sb3_scratch_dqn.algorithm.updates import GradientStepAlgorithm
 from sb3_scratch_dqn.common import checks
 
 # Gradient steps per call of train() without a callback: enough for engines that sample several batches at once
 _STEPS_PER_CALL = 64
 
 
-def target_interval(model: EngineUpdates, interval: Any) -> int:
+def target_interval(model: GradientStepAlgorithm, interval: Any) -> int:
     """Return the number of gradient steps between updates of the target network.
 
     :param model: the model, for its settings
@@ -30,13 +30,13 @@ def target_interval(model: EngineUpdates, interval: Any) -> int:
             "has none: pass target_update_interval=, a number of gradient steps"
         )
     if freq.unit == TrainFrequencyUnit.EPISODE or model.gradient_steps < 0:
-        return model.target_update_interval  # one gradient step per environment step
+        return model.target_update_interval  # assume one gradient step per environment step
     calls = model.target_update_interval / (freq.frequency * model.n_envs)
     return max(1, round(calls * max(model.gradient_steps, 1)))
 
 
 def learn(
-    model: EngineUpdates,
+    model: GradientStepAlgorithm,
     gradient_steps: int,
     callback: MaybeCallback,
     log_interval: int | None,
@@ -55,7 +55,7 @@ def learn(
     environment_steps, first = model.num_timesteps, model._n_updates
     model.num_timesteps = first
     callback = model._init_callback(callback, progress_bar=False)
-    watched = not is_noop(callback)
+    has_callback = not is_noop(callback)
     bar = _progress_bar(model, first + gradient_steps) if progress_bar else None
     # The local variables that callbacks see, as in learn()
     callback_locals: dict[str, Any] = {
@@ -69,7 +69,9 @@ def learn(
         callback.on_training_start(callback_locals, globals())
         while continue_training and done < gradient_steps:
             steps = (
-                1 if watched else min(_STEPS_PER_CALL, gradient_steps - done, interval - model._n_updates % interval)
+                1
+                if has_callback
+                else min(_STEPS_PER_CALL, gradient_steps - done, interval - model._n_updates % interval)
             )
             if log_interval is not None:
                 steps = min(steps, log_interval - done % log_interval)
@@ -79,7 +81,7 @@ def learn(
             model._update_current_progress_remaining(done, gradient_steps)
             if model._n_updates % interval == 0:
                 model._current_engine().update_target(model.tau)
-            if watched:
+            if has_callback:
                 callback.update_locals(callback_locals)
                 continue_training = callback.on_step()
             if bar is not None:
@@ -94,14 +96,14 @@ def learn(
         model._engine_checked = False
 
 
-def _progress_bar(model: EngineUpdates, total: int) -> ProgressBarCallback:
+def _progress_bar(model: GradientStepAlgorithm, total: int) -> ProgressBarCallback:
     bar = ProgressBarCallback()
     bar.init_callback(model)
     bar.on_training_start({"total_timesteps": total}, {})
     return bar
 
 
-def _log(model: EngineUpdates, done: int, seconds: float) -> None:
+def _log(model: GradientStepAlgorithm, done: int, seconds: float) -> None:
     model._log_metrics()
     model.logger.record("time/updates_per_second", int(done / max(seconds, 1e-9)))
     model.logger.record("time/time_elapsed", int(seconds), exclude="tensorboard")

@@ -22,14 +22,16 @@ def check_parameters(given: Mapping[str, Any], known: Iterable[str], exact_match
     known = list(known)
     unknown = sorted(map(str, given.keys() - set(known)))
     if unknown:
-        raise ValueError(f"parameters of {', '.join(unknown)} were given, but must be of {', '.join(known)}")
+        raise ValueError(f"parameters of {', '.join(unknown)} were given, but the model has only {', '.join(known)}")
     for name, state in given.items():
         required = {"state", "param_groups"} if name.endswith("optimizer") else set()
         if not isinstance(state, Mapping) or not required <= state.keys():
             raise ValueError(f"parameters of {name} must be a state_dict, but are {short_repr(state)}")
     missing = sorted(set(known) - given.keys())
     if missing and exact_match:
-        raise ValueError(f"parameters of {', '.join(missing)} are missing: pass exact_match=False to keep them")
+        raise ValueError(
+            f"parameters of {', '.join(missing)} are missing: pass exact_match=False to keep the current ones"
+        )
 
 
 def check_optimizer_state(optimizer: th.optim.Optimizer, required: list[set[str]]) -> None:

@@ -75,7 +75,8 @@ class PersistentAlgorithm(DQNBase):
         """Replace the parameters of the networks and the optimiser. An error leaves all of them unchanged.
 
         :param load_path_or_dict: a saved model, or the result of ``get_parameters()``
-        :param exact_match: require parameters of all objects, and no others
+        :param exact_match: require parameters of all objects, with exactly the names of the model's; unknown objects
+            are an error in any case
         :param device: the device to load a saved model to
         :raises FileNotFoundError: if the file does not exist
         :raises ValueError: if objects are missing or unknown, or the file is not a model
@@ -186,8 +187,8 @@ class PersistentAlgorithm(DQNBase):
     ) -> None:
         """Load a saved replay buffer of this package or of SB3.
 
-        The model's settings, not the file, determine how steps are folded and sampled. Observations stay stored as they
-        were saved, each frame once or in full.
+        The model's settings, not the file, determine how n-step returns are computed and transitions are sampled.
+        Observations stay stored as they were saved, each frame once or in full.
 
         :param path: the file, with or without its ``.npz`` or ``.pkl``
         :param truncate_last_traj: end the trajectories that the file cuts off; pass False if the environments continue
@@ -201,7 +202,7 @@ class PersistentAlgorithm(DQNBase):
         check_bool("truncate_last_traj", truncate_last_traj)
         if allow_pickle is not None:
             check_bool("allow_pickle", allow_pickle)
-        what = f"the replay buffer in path={path!r}"
+        label = f"the replay buffer in path={path!r}"
         buffer_class = self.replay_buffer_class or ScratchReplayBuffer
         foreign = buffer_class is not ScratchReplayBuffer
         if allow_pickle is None:
@@ -210,26 +211,26 @@ class PersistentAlgorithm(DQNBase):
             buffer: ReplayBuffer
             if is_replay_archive(file):
                 if foreign:
-                    raise ValueError(f"{what} must be a pickle of a {buffer_class.__name__}")
+                    raise ValueError(f"{label} must be a pickle of a {buffer_class.__name__}")
                 assert isinstance(self.action_space, spaces.Discrete)
                 buffer = read_replay_archive(
-                    file, what, self.observation_space, self.action_space, self.n_envs, self.device
+                    file, label, self.observation_space, self.action_space, self.n_envs, self.device
                 )
             elif allow_pickle:
-                buffer = read_pickled_replay_buffer(file, what)
+                buffer = read_pickled_replay_buffer(file, label)
             elif file.read(1) == _FIRST_BYTE_OF_PICKLES:
                 raise ValueError(
-                    f"{what} is a pickle, which can run any code when it is loaded: "
+                    f"{label} is a pickle, which can run any code when it is loaded: "
                     "if you trust whom it comes from, pass allow_pickle=True"
                 )
             else:
-                raise ValueError(f"{what} is not a replay buffer file, or is truncated")
-        check_same_spaces(what, buffer, self.observation_space, self.action_space)
+                raise ValueError(f"{label} is not a replay buffer file, or is truncated")
+        check_same_spaces(label, buffer, self.observation_space, self.action_space)
         if buffer.n_envs != self.n_envs:
-            raise ValueError(f"{what} has n_envs={buffer.n_envs}, but must have n_envs={self.n_envs}, as the model")
+            raise ValueError(f"{label} has n_envs={buffer.n_envs}, but must have n_envs={self.n_envs}, as the model")
         if isinstance(buffer, HerReplayBuffer):
             if self.env is None:
-                raise ValueError(f"env=None: {what} needs the environment to compute rewards; call set_env() first")
+                raise ValueError(f"env=None: {label} needs the environment to compute rewards; call set_env() first")
             buffer.set_env(self.env)
             if truncate_last_traj:
                 buffer.truncate_last_trajectory()

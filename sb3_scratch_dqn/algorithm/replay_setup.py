@@ -28,7 +28,7 @@ def make_replay_buffer(model: DQNBase, env: VecEnv | None) -> ReplayBuffer:
     """
     buffer_class, kwargs = model.replay_buffer_class or ScratchReplayBuffer, dict(model.replay_buffer_kwargs)
     if issubclass(buffer_class, ScratchReplayBuffer):
-        # A subclass may not take these
+        # A subclass might not accept these
         kwargs.update({name: getattr(model, name) for name in ("n_steps", "gamma") if _takes(buffer_class, name)})
         stacking = _stacking(model, env, kwargs.pop("frames", "auto"))
         if stacking is not None and _takes(buffer_class, "stacking"):
@@ -36,7 +36,7 @@ def make_replay_buffer(model: DQNBase, env: VecEnv | None) -> ReplayBuffer:
     elif model.n_steps > 1:
         warnings.warn(
             f"`n_steps={model.n_steps}` is ignored because `replay_buffer_class={buffer_class.__name__}` was given: "
-            "configure that buffer by `replay_buffer_kwargs` instead, if it can fold several steps",
+            "configure that buffer by `replay_buffer_kwargs` instead, if it supports n-step returns",
             stacklevel=3,
         )
     if issubclass(buffer_class, HerReplayBuffer):
@@ -55,7 +55,7 @@ def make_replay_buffer(model: DQNBase, env: VecEnv | None) -> ReplayBuffer:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"replay_buffer_class={buffer_class.__name__} cannot be made with "
+            f"replay_buffer_class={buffer_class.__name__} cannot be created with "
             f"replay_buffer_kwargs={short_repr(model.replay_buffer_kwargs)}: {type(error).__name__}: {error}"
         ) from error
 
@@ -129,10 +129,10 @@ def warn_of_memory(buffer: ReplayBuffer, env: VecEnv | None) -> None:
     fitting = int(transitions * (held + available) / needed)
     ways = [f"lower buffer_size ({fitting:,} transitions would fit)"]
     if isinstance(store.obs_store, DenseObservations) and not buffer.optimize_memory_usage:
-        if _can_keep_frames(buffer, env):
-            ways.append("keep each frame once by replay_buffer_kwargs=dict(frames=True)")
+        if _can_stack_frames(buffer, env):
+            ways.append("store each frame once by replay_buffer_kwargs=dict(frames=True)")
         ways.append(
-            "keep each observation once by optimize_memory_usage=True and "
+            "store each observation once by optimize_memory_usage=True and "
             "replay_buffer_kwargs=dict(handle_timeout_termination=False)"
         )
     warnings.warn(
@@ -142,7 +142,7 @@ def warn_of_memory(buffer: ReplayBuffer, env: VecEnv | None) -> None:
     )
 
 
-def _can_keep_frames(buffer: ScratchReplayBuffer, env: VecEnv | None) -> bool:
+def _can_stack_frames(buffer: ScratchReplayBuffer, env: VecEnv | None) -> bool:
     stacking = None if env is None else find_stacking(env)
     if stacking is None or buffer.stacking is not None:
         return False

@@ -1,4 +1,4 @@
-"""The settings of ScratchDQN: which values each accepts, and which combinations are refused."""
+"""The settings of ScratchDQN: which values each accepts, and which combinations are rejected."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,48 +33,48 @@ _GIVEN_TO_BUFFERS = {
 _GIVEN_TO_OWN_BUFFERS = {"n_steps", "gamma", "stacking"}
 
 # (name, value) -> the value in its stored form; raises ValueError for an invalid value
-Reader = Callable[[str, Any], Any]
+Parser = Callable[[str, Any], Any]
 
 _MISSING = object()
 
 
-def _checked(check: Callable[[str, Any], None]) -> Reader:
-    def read(name: str, value: Any) -> Any:
+def _checked(check: Callable[[str, Any], None]) -> Parser:
+    def parse(name: str, value: Any) -> Any:
         check(name, value)
         return value
 
-    return read
+    return parse
 
 
-def _one_of(*choices: str) -> Reader:
+def _one_of(*choices: str) -> Parser:
     return _checked(lambda name, value: checks.check_choice(name, value, choices))
 
 
-def _optional(read: Reader) -> Reader:
-    return lambda name, value: None if value is None else read(name, value)
+def _optional(parse: Parser) -> Parser:
+    return lambda name, value: None if value is None else parse(name, value)
 
 
-def read_verbose(name: str, value: Any) -> int:
-    """Read the verbosity: a whole number, or True or False."""
+def parse_verbose(name: str, value: Any) -> int:
+    """Parse the verbosity: a whole number, or True or False."""
     return checks.check_count(name, int(value) if isinstance(value, bool) else value, minimum=0)
 
 
-def _read_seed(name: str, value: Any) -> int | None:
+def _parse_seed(name: str, value: Any) -> int | None:
     check_training.check_seed(value)
     return None if value is None else int(value)
 
 
-def _read_train_freq(name: str, value: Any) -> TrainFreq:
+def _parse_train_freq(name: str, value: Any) -> TrainFreq:
     frequency, unit = check_training.parse_frequency(name, value)
     return TrainFreq(frequency, TrainFrequencyUnit(unit))
 
 
-def _read_target_update_interval(name: str, value: Any) -> int | tuple[int, str]:
+def _parse_target_update_interval(name: str, value: Any) -> int | tuple[int, str]:
     frequency, unit = check_training.parse_frequency(name, value)
     return frequency if unit == "step" else (frequency, unit)
 
 
-def _read_exploration_schedule(name: str, value: Any) -> Any:
+def _parse_exploration_schedule(name: str, value: Any) -> Any:
     if callable(value):
         check_training.check_schedule(name, value, checks.check_fraction)
     else:
@@ -82,7 +82,7 @@ def _read_exploration_schedule(name: str, value: Any) -> Any:
     return value
 
 
-def _read_check_finite(name: str, value: Any) -> Any:
+def _parse_check_finite(name: str, value: Any) -> Any:
     if not (isinstance(value, str) and value == "auto") and not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be 'auto', True or False")
     return value
@@ -91,18 +91,18 @@ def _read_check_finite(name: str, value: Any) -> Any:
 _count, _fraction, _flag = checks.check_count, checks.check_fraction, _checked(checks.check_bool)
 
 # Setting -> the check of its value alone; check_settings() checks combinations
-READERS: dict[str, Reader] = {
+PARSERS: dict[str, Parser] = {
     "learning_rate": check_training.check_learning_rate,
     "buffer_size": _count,
     "learning_starts": partial(_count, minimum=0),
     "batch_size": _count,
     "tau": _fraction,
     "gamma": _fraction,
-    "train_freq": _read_train_freq,
+    "train_freq": _parse_train_freq,
     "gradient_steps": partial(_count, minimum=-1),
     "optimize_memory_usage": _flag,
     "n_steps": _count,
-    "target_update_interval": _read_target_update_interval,
+    "target_update_interval": _parse_target_update_interval,
     "exploration_fraction": _fraction,
     "exploration_initial_eps": _fraction,
     "exploration_final_eps": _fraction,
@@ -111,17 +111,17 @@ READERS: dict[str, Reader] = {
     "tensorboard_log": _checked(checks.check_folder),
     "policy_kwargs": checks.check_dict,
     "replay_buffer_kwargs": checks.check_dict,
-    "verbose": read_verbose,
-    "seed": _read_seed,
+    "verbose": parse_verbose,
+    "seed": _parse_seed,
     "loss": _one_of(*LOSSES),
-    "exploration_schedule": _read_exploration_schedule,
+    "exploration_schedule": _parse_exploration_schedule,
     "exploration_decay": _fraction,
     "exploration_steps": _optional(_count),
     "double_q": _flag,
     "munchausen": _flag,
     "munchausen_kwargs": _optional(checks.check_dict),
     "engine": _one_of(*ENGINE_NAMES),
-    "check_finite": _read_check_finite,
+    "check_finite": _parse_check_finite,
 }
 
 
@@ -131,11 +131,11 @@ class Setting:
     It has no ``__get__``: reading the attribute reads the instance's ``__dict__``, at no additional cost.
 
     :param name: the name of the attribute
-    :param read: checks a value and returns its stored form
+    :param parse: checks a value and returns its stored form
     """
 
-    def __init__(self, name: str, read: Reader) -> None:
-        self._name, self._read = name, read
+    def __init__(self, name: str, parse: Parser) -> None:
+        self._name, self._parse = name, parse
 
     def __set__(self, model: DQNBase, value: Any) -> None:
         """Check the value and assign it.
@@ -144,7 +144,7 @@ class Setting:
         """
         values, name = vars(model), self._name
         before = values.get(name, _MISSING)
-        values[name] = self._read(name, value)
+        values[name] = self._parse(name, value)
         try:
             model._setting_changed(name)
         except ValueError:
@@ -157,13 +157,13 @@ Class = TypeVar("Class", bound=type)
 
 
 def with_settings(cls: Class) -> Class:
-    """Class decorator that makes each name in ``READERS`` a :class:`Setting`."""
-    for name, read in READERS.items():
-        setattr(cls, name, Setting(name, read))
+    """Class decorator that makes each name in ``PARSERS`` a :class:`Setting`."""
+    for name, parse in PARSERS.items():
+        setattr(cls, name, Setting(name, parse))
     return cls
 
 
-# Settings beyond those of SB3's DQN, with the values at which they have no effect
+# Extras: settings that SB3's DQN does not have, with the values at which they have no effect
 REFERENCE_DEFAULTS = {
     "loss": "huber",
     "exploration_schedule": "linear",
@@ -197,8 +197,8 @@ def check_settings(model: DQNBase) -> None:
     if model.env is not None:
         check_spaces.check_action_space(model.action_space)
     values = vars(model)
-    for name, read in READERS.items():  # load() writes into __dict__, which bypasses Setting
-        values[name] = read(name, values[name])
+    for name, parse in PARSERS.items():  # load() writes into __dict__, which bypasses Setting
+        values[name] = parse(name, values[name])
     checks.check_subclass("policy", model.policy_class, DQNPolicy)
     checks.check_kwargs("policy_kwargs", model.policy_kwargs, model.policy_class, excluded=_GIVEN_TO_POLICIES)
     if model.replay_buffer_class is not None:
@@ -210,7 +210,7 @@ def check_settings(model: DQNBase) -> None:
     checks.check_kwargs("replay_buffer_kwargs", model.replay_buffer_kwargs, buffer_class, excluded=given, extra=more)
     if model.env is not None and not own_buffer and has_masks(model.env):
         raise ValueError(
-            f"replay_buffer_class={buffer_class.__name__} keeps no action masks, but env has them: "
+            f"replay_buffer_class={buffer_class.__name__} does not support action masks, but env has them: "
             "leave replay_buffer_class out, or hide action_masks() of env"
         )
     for name in ("prioritized", "handle_timeout_termination"):
@@ -240,8 +240,8 @@ def check_exploration(model: DQNBase) -> None:
     """
     if model.exploration_steps is not None and model.exploration_schedule != "linear":
         raise ValueError(
-            f"exploration_steps={model.exploration_steps!r} is the length of a linear schedule, "
-            f"but exploration_schedule={model.exploration_schedule!r}"
+            f"exploration_steps={model.exploration_steps!r} needs exploration_schedule='linear', "
+            f"but that is {model.exploration_schedule!r}"
         )
 
 
@@ -254,7 +254,7 @@ def check_learning(model: DQNBase, head: ValueHead, head_name: str) -> None:
     :raises ValueError: for the first setting that conflicts, with its value and what would be right
     """
     for name in ("loss", "double_q", "munchausen", "engine"):
-        READERS[name](name, getattr(model, name))
+        PARSERS[name](name, getattr(model, name))
     _check_munchausen(model)
     _check_combination(model, head, head_name)
 
@@ -268,11 +268,11 @@ def _check_munchausen(model: DQNBase) -> None:
     checks.check_fraction("munchausen_kwargs: alpha", alpha)
     checks.check_number("munchausen_kwargs: clip", clip)
     if clip > 0:
-        raise ValueError(f"munchausen_kwargs: clip={clip!r} must be at most 0: logarithms of probabilities are")
+        raise ValueError(f"munchausen_kwargs: clip={clip!r} must be at most 0, because log-probabilities are")
 
 
 def _check_combination(model: DQNBase, head: ValueHead, head_name: str) -> None:
-    """Check combinations of settings that have no meaning together."""
+    """Raise ValueError for settings that cannot be combined."""
     n_steps = max(model.n_steps, checks.check_count("n_steps", model.replay_buffer_kwargs.get("n_steps", 1)))
     if model.munchausen and n_steps > 1:
         raise ValueError(
@@ -282,10 +282,10 @@ def _check_combination(model: DQNBase, head: ValueHead, head_name: str) -> None:
     if model.munchausen and not head.outputs_are_returns:
         raise ValueError(
             f"munchausen=True cannot be combined with head={head_name!r}: it shifts and averages returns, "
-            "but the outputs of this head are logits of probabilities"
+            "but the outputs of this head are not returns"
         )
     if model.loss not in head.supported_losses:
         raise ValueError(
             f"loss={model.loss!r} cannot be combined with head={head_name!r}, "
-            "which learns probabilities by their cross-entropy: leave loss out"
+            f"which supports {', '.join(map(repr, head.supported_losses))}: leave loss out"
         )

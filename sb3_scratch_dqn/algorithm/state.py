@@ -17,10 +17,10 @@ An attribute that is in no group, such as one of a subclass, is saved and pickle
 
 from typing import Any
 
-from sb3_scratch_dqn.algorithm.settings import READERS
+from sb3_scratch_dqn.algorithm.settings import PARSERS
 
 SETTINGS = (
-    *READERS,
+    *PARSERS,
     "policy_class",
     "replay_buffer_class",
     "observation_space",
@@ -67,7 +67,7 @@ DERIVED = (
     "_engine_settings",
     "batch_norm_stats",
     "batch_norm_stats_target",
-    "_is_reference",
+    "_matches_sb3",
     "_checks_finite",
 )
 

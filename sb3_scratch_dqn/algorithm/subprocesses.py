@@ -12,7 +12,7 @@ from typing import Any
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
 
 # Seconds to wait for a process to end after its pipe was closed
-_PATIENCE = 2.0
+_EXIT_TIMEOUT = 2.0
 
 # Errors of a pipe whose other end is closed
 PIPE_ERRORS = (EOFError, BrokenPipeError, ConnectionError)
@@ -25,7 +25,7 @@ def _processes(env: VecEnv | None) -> SubprocVecEnv | None:
     return env if isinstance(env, SubprocVecEnv) and not env.closed else None
 
 
-def find_dead_environment(env: VecEnv | None) -> ChildProcessError | None:
+def find_ended_process(env: VecEnv | None) -> ChildProcessError | None:
     """Return an error that describes the first environment process that has ended. Call it after ``PIPE_ERRORS``.
 
     :param env: the environments, with or without wrappers
@@ -34,7 +34,7 @@ def find_dead_environment(env: VecEnv | None) -> ChildProcessError | None:
     envs = _processes(env)
     if envs is None:
         return None
-    ended = wait([process.sentinel for process in envs.processes], _PATIENCE)
+    ended = wait([process.sentinel for process in envs.processes], _EXIT_TIMEOUT)
     for number, process in enumerate(envs.processes):
         if process.sentinel in ended:
             process.join()  # for its exit status
@@ -60,7 +60,7 @@ def _is_forked(process: Any) -> bool:
 
 
 @contextmanager
-def unblock_on_death(env: VecEnv | None) -> Iterator[None]:
+def close_pipes_of_ended_processes(env: VecEnv | None) -> Iterator[None]:
     """Context in which reading from an environment process that has ended raises one of ``PIPE_ERRORS``.
 
     A pipe closes when every process that holds its other end has ended. Forked processes also hold the ends of their

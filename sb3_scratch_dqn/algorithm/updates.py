@@ -7,7 +7,7 @@ import torch as th
 from stable_baselines3.common.logger import Logger
 
 from sb3_scratch_dqn.algorithm.acting import GreedyActor
-from sb3_scratch_dqn.algorithm.rollout import LeanRollouts
+from sb3_scratch_dqn.algorithm.rollout import RolloutAlgorithm
 from sb3_scratch_dqn.algorithm.settings import check_learning
 from sb3_scratch_dqn.common import checks
 from sb3_scratch_dqn.common.overrides import is_overridden
@@ -25,7 +25,7 @@ _UPDATES_BETWEEN_METRICS = 100
 EngineSettings = tuple[str, str, bool, bool, dict[str, float]]
 
 
-class EngineUpdates(LeanRollouts):
+class GradientStepAlgorithm(RolloutAlgorithm):
     """The part of ``ScratchDQN`` that takes gradient steps."""
 
     _engine: Engine
@@ -133,7 +133,7 @@ class EngineUpdates(LeanRollouts):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         # np.mean() of one number takes several times as long as everything else here
         self.logger.record("train/loss", losses[0] if len(losses) == 1 else np.mean(losses))
-        # A subclass or a patched method may run code of users before the next rollout, and modify the policy there
+        # A subclass or a patched method may run user code before the next rollout, and modify the policy there
         self._engine_checked = type(self) is self._unextended_class and "train" not in vars(self)
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:

@@ -45,20 +45,20 @@ def check_action_space(action_space: Space) -> None:
         )
 
 
-def check_same_spaces(what: str, given: HasSpaces, observation_space: Space, action_space: Space) -> None:
+def check_same_spaces(label: str, given: HasSpaces, observation_space: Space, action_space: Space) -> None:
     """Raise ValueError unless an environment or a replay buffer has the spaces of the model.
 
-    :param what: name of the environment or the replay buffer in the message
+    :param label: name of the environment or the replay buffer in the message
     :param given: the environment or the replay buffer
-    :param observation_space: of the model
-    :param action_space: of the model
+    :param observation_space: observation space of the model
+    :param action_space: action space of the model
     """
     for kind, space, expected in (
         ("observation", given.observation_space, observation_space),
         ("action", given.action_space, action_space),
     ):
         if space != expected:
-            raise ValueError(f"{what} has the {kind} space {space}, but the model's is {expected}")
+            raise ValueError(f"{label} has the {kind} space {space}, but the model's is {expected}")
 
 
 def check_observation(observation: Any, space: Space) -> None:

@@ -63,7 +63,7 @@ def check_device(value: Any) -> None:
 def check_schedule(name: str, schedule: Callable[[float], Any], check: Callable[[str, Any], Any]) -> None:
     """Raise ValueError if a schedule raises an error or returns an invalid value.
 
-    :param name: of the argument
+    :param name: name of the argument
     :param schedule: a function of the remaining progress, from 1 to 0
     :param check: ``check(name, value)`` raises ValueError for an invalid value
     """
@@ -96,15 +96,18 @@ def check_learning_rate(name: str, value: Any) -> Any:
 
 
 def check_total_timesteps(value: Any) -> None:
-    """Raise ValueError unless ``value`` is a number of environment steps to train for; 1e5 is one."""
+    """Raise ValueError unless ``value`` is a number of environment steps (floats such as 1e5 are accepted)."""
     if not 0 <= to_float(value) < math.inf:
         raise ValueError(f"total_timesteps={short_repr(value)} must be a number of environment steps of at least 0")
 
 
 def parse_frequency(name: str, value: Any) -> tuple[int, str]:
-    """Parse ``4``, ``(4, "step")`` or ``(1, "episode")``; a list is as good as a tuple.
+    """Parse ``4``, ``(4, "step")`` or ``(1, "episode")``; a list is accepted instead of a tuple.
 
+    :param name: name of the argument
+    :param value: a number of steps, or a number and its unit
     :return: the number and the unit
+    :raises ValueError: for other values
     """
     frequency: Any
     unit: Any

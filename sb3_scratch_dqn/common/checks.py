@@ -42,7 +42,7 @@ def to_float(value: Any) -> float:
 
 
 def check_count(name: str, value: Any, minimum: int = 1) -> int:
-    """Raise ValueError unless ``value`` is a whole number of at least ``minimum``; 1e4 is one.
+    """Raise ValueError unless ``value`` is a whole number of at least ``minimum`` (floats such as 1e4 are accepted).
 
     :return: the number as an ``int``
     """
@@ -66,7 +66,7 @@ def check_fraction(name: str, value: Any) -> Any:
 
 
 def check_positive(name: str, value: Any) -> Any:
-    """Raise ValueError unless ``value`` is a number above 0; infinity is one.
+    """Raise ValueError unless ``value`` is a number above 0 (may be infinite).
 
     :return: the number, of a type that PyTorch and NumPy accept
     """
@@ -121,7 +121,7 @@ def check_kwargs(
 ) -> None:
     """Raise ValueError unless ``value`` is a dict of keyword arguments that a function accepts.
 
-    :param name: of the dict
+    :param name: name of the argument
     :param value: the dict
     :param function: the function or class
     :param excluded: parameters of the function that must not be in the dict, because they are passed separately
@@ -153,7 +153,7 @@ def check_subclass_or_function(name: str, value: Any, base: type) -> None:
 def check_module_factory(name: str, factory: Any) -> None:
     """Raise ValueError unless ``factory`` makes modules.
 
-    :param name: of the argument
+    :param name: name of the argument
     :param factory: a subclass of ``nn.Module``, or a function without arguments that returns a module
     """
     if isinstance(factory, type):

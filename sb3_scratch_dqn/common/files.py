@@ -73,8 +73,8 @@ def check_saved_by(algorithm: str, path: Path, settings: dict[str, Any], own_set
     """Raise ValueError unless an algorithm saved this model.
 
     :param algorithm: the algorithm that will load it
-    :param path: of the model file
-    :param settings: from :func:`read_model_settings`
+    :param path: path of the model file
+    :param settings: settings from :func:`read_model_settings`
     :param own_settings: settings that only this algorithm saves
     """
     missing = [name for name in _REQUIRED_SETTINGS if name not in settings]
@@ -91,7 +91,7 @@ def check_saved_by(algorithm: str, path: Path, settings: dict[str, Any], own_set
 def read_spaces(settings: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> tuple[Space, Space]:
     """Unpickle the observation space and the action space in the settings of a model file.
 
-    :param settings: from :func:`read_model_settings`
+    :param settings: settings from :func:`read_model_settings`
     :param custom_objects: replacements for saved settings
     """
     names = ("observation_space", "action_space")
@@ -99,19 +99,19 @@ def read_spaces(settings: dict[str, Any], custom_objects: dict[str, Any] | None 
     return spaces["observation_space"], spaces["action_space"]
 
 
-def read_pickled_replay_buffer(file: Any, what: str) -> ReplayBuffer:
+def read_pickled_replay_buffer(file: Any, label: str) -> ReplayBuffer:
     """Read a pickled replay buffer. Unpickling can execute arbitrary code.
 
     :param file: an open file
-    :param what: name of the file in messages
+    :param label: name of the file in messages
     :raises ValueError: if the file is not a pickle of a replay buffer
     """
     try:
         buffer = pickle.load(file)
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{what} is not a replay buffer file, or is truncated: {error}") from error
+        raise ValueError(f"{label} is not a replay buffer file, or is truncated: {error}") from error
     if not isinstance(buffer, ReplayBuffer):
-        raise ValueError(f"{what} must hold a ReplayBuffer, but holds a {type(buffer).__name__}")
+        raise ValueError(f"{label} must hold a ReplayBuffer, but holds a {type(buffer).__name__}")
     return buffer
 
 
@@ -146,7 +146,7 @@ def atomic_write(path: str | pathlib.Path) -> Iterator[IO[bytes]]:
     interrupted processes are removed first. A symbolic link is kept, and its target is replaced. The new file gets the
     permissions of an existing one. A device or a pipe cannot be replaced, and is written to directly.
 
-    :param path: of the file; its folder is created if necessary
+    :param path: path of the file; its folder is created if necessary
     :raises OSError: if the file cannot be written; the error names ``path``, and the temporary file is removed
     """
     try:

@@ -2,14 +2,14 @@
 
 
 def is_overridden(instance: object, base: type, *names: str) -> bool:
-    """Return True if ``instance`` may not use ``base``'s implementation of one of these methods.
+    """Return True if ``instance`` might not use ``base``'s implementation of one of these methods.
 
     That is the case if a subclass overrides it, if the instance is monkey-patched, and for every object that is not an
-    instance of ``base``: a proxy, such as the module that ``torch.compile`` returns, may do anything.
+    instance of ``base``: a proxy, such as the module that ``torch.compile`` returns, might do anything.
 
-    :param instance: usually of ``base`` or a subclass
+    :param instance: usually an instance of ``base`` or a subclass
     :param base: the class whose implementations count as not overridden
-    :param names: of the methods
+    :param names: names of the methods
     """
     cls = type(instance)
     if not issubclass(cls, base):

@@ -2,9 +2,9 @@
 
 - ``choose``: the interface of an engine, and the selection of one for a configuration
 - ``eager``: plain PyTorch; SB3's numbers to the last bit, the reference for every other engine
-- ``fused``: few calls per update on the CPU, with gradients by hand or by autograd
+- ``fused``: few calls per update on the CPU, with hand-derived gradients, or autograd with fused Adam
 - ``cuda``: whole updates as CUDA graphs
-- ``update``: outputs, target and gradient norm of the last update
+- ``last_update``: outputs, target and gradient norm of the last update
 - ``modifications``: detection of modifications, hooks and patches that an engine would bypass
 """
 

@@ -6,7 +6,7 @@ from sb3_scratch_dqn.engines.cuda.engine import CudaGraphEngine
 from sb3_scratch_dqn.engines.eager import EagerEngine
 from sb3_scratch_dqn.engines.fused.autograd import FusedAutogradEngine
 from sb3_scratch_dqn.engines.fused.engine import FusedEngine
-from sb3_scratch_dqn.engines.update import LastUpdate
+from sb3_scratch_dqn.engines.last_update import LastUpdate
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.values.td import Objective
@@ -37,9 +37,10 @@ class Engine(Protocol):
         """Return why the engine does not support this policy, or ``None`` if it does."""
 
     def attach(self) -> None:
-        """Allocate memory, and move parameters there if needed. Call before anyone stores a view of a parameter.
+        """Allocate memory, and move parameters there if needed.
 
-        Further calls do nothing; the other methods call it.
+        Call it before code keeps views of parameters: moving a parameter makes earlier views stale. Further calls do
+        nothing; :meth:`train`, :meth:`act` and :meth:`update_target` call it if needed.
         """
 
     def train(self, source: BatchSource, gradient_steps: int, max_grad_norm: float) -> list[float]:
@@ -86,7 +87,10 @@ def find_engine(name: str, policy: DQNPolicy, objective: Objective) -> tuple[typ
             reasons.append(f"{engine_class.title} {engine_class.opt_in_reason}")
             continue
         if reason is None:
-            because = f"because {' and '.join(reasons)}" if reasons else "the fastest for these settings"
-            return engine_class, f"Using {engine_class.title}, {'as selected' if name == 'eager' else because}"
+            if reasons:
+                explanation = f"because {' and '.join(reasons)}"
+            else:
+                explanation = "the fastest for these settings" if name == "auto" else "as selected"
+            return engine_class, f"Using {engine_class.title}, {explanation}"
         reasons.append(f"{engine_class.title} does not support this configuration: {reason}")
     raise ValueError(f"engine={name!r} cannot be used here: {reasons[-1]}; engine='auto' selects one that does")

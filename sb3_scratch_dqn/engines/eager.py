@@ -1,7 +1,7 @@
 """The eager engine: autograd and plain PyTorch, with SB3's numbers to the last bit.
 
-It supports every configuration, and the other engines are tested against it. It leaves out what changes no bit, such as
-multiplying gradients by 1, and where PyTorch has several implementations with the same bits it uses the fastest.
+It supports every configuration, and the other engines are tested against it. It skips operations that do not change
+results, such as multiplying gradients by 1, and uses the fastest of PyTorch's bitwise identical implementations.
 """
 
 import math
@@ -14,8 +14,8 @@ from stable_baselines3.common.utils import get_parameters_by_name, obs_as_tensor
 from torch.nn import functional as F
 
 from sb3_scratch_dqn.common.overrides import is_overridden
+from sb3_scratch_dqn.engines.last_update import LastUpdate
 from sb3_scratch_dqn.engines.modifications import hooks_reason
-from sb3_scratch_dqn.engines.update import LastUpdate
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.replay.observations import map_observation

@@ -20,7 +20,8 @@ from sb3_scratch_dqn.networks.q_network import QNetwork
 # Methods of networks and heads that an engine may bypass, so a monkey-patch of one of them makes it unsupported
 _BYPASSED_METHODS = frozenset(
     {
-        *("outputs", "forward", "evaluate", "target_outputs", "q_values_from", "extract_features", "_predict", "noise"),
+        *("outputs", "target_outputs", "q_values_from", "eval_q_values"),  # of networks
+        *("extract_features", "forward", "_predict", "noise"),
         *("q_values", "backup", "losses", "moments"),  # of heads
     }
 )

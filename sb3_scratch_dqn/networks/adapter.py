@@ -6,7 +6,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from sb3_scratch_dqn.networks.noisy import NoisyLinear, noise
-from sb3_scratch_dqn.networks.q_network import QNetwork, full_precision, in_evaluation_mode
+from sb3_scratch_dqn.networks.q_network import QNetwork, full_precision, q_values_in_eval_mode
 from sb3_scratch_dqn.replay.batch import BatchedObs
 from sb3_scratch_dqn.values.heads import ExpectedHead, ValueHead
 
@@ -55,9 +55,9 @@ class ForwardNetwork:
         """Return the action values of observations whose :meth:`target_outputs` are known."""
         return target_outputs.squeeze(2)
 
-    def evaluate(self, obs: BatchedObs) -> Float[Tensor, "B A"]:
+    def eval_q_values(self, obs: BatchedObs) -> Float[Tensor, "B A"]:
         """Return action values, computed in evaluation mode."""
-        return in_evaluation_mode(self, obs)
+        return q_values_in_eval_mode(self, obs)
 
     @property
     def noisy_layers(self) -> list[NoisyLinear]:

@@ -28,7 +28,7 @@ class NoisyLinear(nn.Module):
 
     :param in_features: number of inputs
     :param out_features: number of outputs
-    :param sigma: initial standard deviation of the noise, times the square root of ``in_features``
+    :param sigma: ``sigma_0`` of the paper: the initial standard deviation is ``sigma / sqrt(in_features)``
     """
 
     def __init__(self, in_features: int, out_features: int, sigma: float = 0.5) -> None:

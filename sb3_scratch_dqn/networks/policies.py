@@ -54,7 +54,7 @@ class DQNPolicy(BasePolicy):
     :param dueling: split the network into a value and an advantage stream
     :param noisy: make the layers after the features noisy. The noise is active in training and in predictions that are
         not deterministic, so epsilon can be 0
-    :param noisy_sigma: initial standard deviation of the noise, times the square root of a layer's inputs
+    :param noisy_sigma: ``sigma_0`` of the paper: the initial standard deviation is ``noisy_sigma / sqrt(in_features)``
     :param head: interprets the outputs of an action: ``"expected"``, ``"c51"``, ``"quantile"`` or ``"iqn"``
     :param head_kwargs: arguments of the head, listed in :mod:`sb3_scratch_dqn.values.heads`
     :raises ValueError: for invalid arguments
@@ -132,7 +132,8 @@ class DQNPolicy(BasePolicy):
         self.q_net = self.make_q_net()
         needed = network_class(self.head)
         if not isinstance(self.q_net, needed):
-            raise ValueError(f"head={self.head_name!r} needs the class {needed.__name__}, not {type(self.q_net).__name__}")
+            made = type(self.q_net).__name__
+            raise ValueError(f"head={self.head_name!r} needs the class {needed.__name__}, not {made}")
         self.q_net_target = self.make_q_net()
         self.q_net_target.load_state_dict(self.q_net.state_dict())
         self.q_net_target.set_training_mode(False)
@@ -161,7 +162,10 @@ class DQNPolicy(BasePolicy):
                 f"optimizer_class={name} must make a torch.optim.Optimizer, but made {short_repr(optimizer)}"
             )
         if any(parameter.default is Parameter.empty for parameter in signature(optimizer.step).parameters.values()):
-            raise ValueError(f"optimizer_class={name} computes the loss by a closure, but DQN calls step() without one")
+            raise ValueError(
+                f"optimizer_class={name} needs a closure in step(), which DQN does not pass: "
+                "use an optimizer such as Adam"
+            )
         return optimizer  # type: ignore[no-any-return]  # a class with the same methods will do
 
     def make_features_extractor(self) -> BaseFeaturesExtractor:
@@ -177,7 +181,8 @@ class DQNPolicy(BasePolicy):
             if isinstance(error, AssertionError) and str(error):  # SB3's message for observations that are not images
                 raise
             raise ValueError(
-                f"{given} cannot be made with features_extractor_kwargs={short_repr(self.features_extractor_kwargs)}: "
+                f"{given} cannot be created with "
+                f"features_extractor_kwargs={short_repr(self.features_extractor_kwargs)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
         if not isinstance(extractor, nn.Module) or not isinstance(getattr(extractor, "features_dim", None), Integral):

@@ -203,9 +203,9 @@ class QNetwork(BasePolicy):
         """Return action values."""
         return self.head.q_values(self.outputs(obs))
 
-    def evaluate(self, obs: BatchedObs) -> Float[Tensor, "B A"]:
+    def eval_q_values(self, obs: BatchedObs) -> Float[Tensor, "B A"]:
         """Return action values, computed in evaluation mode even during training."""
-        return in_evaluation_mode(self, obs)
+        return q_values_in_eval_mode(self, obs)
 
     @property
     def noisy_layers(self) -> list[NoisyLinear]:
@@ -248,7 +248,7 @@ class Evaluable(Protocol):
         """Return action values."""
 
 
-def in_evaluation_mode(network: Evaluable, obs: BatchedObs) -> Float[Tensor, "B A"]:
+def q_values_in_eval_mode(network: Evaluable, obs: BatchedObs) -> Float[Tensor, "B A"]:
     """Compute action values in evaluation mode, and restore the previous mode."""
     training = network.training
     network.set_training_mode(False)

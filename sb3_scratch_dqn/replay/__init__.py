@@ -14,8 +14,8 @@ from sb3_scratch_dqn.replay.observations import (
     map_observation,
 )
 from sb3_scratch_dqn.replay.prefill import Transitions, read_transitions, store_transitions
+from sb3_scratch_dqn.replay.sampler_interface import Sampler
 from sb3_scratch_dqn.replay.samplers import SAMPLER_SETTINGS, PrioritizedSampler, UniformSampler, make_sampler
-from sb3_scratch_dqn.replay.sampling import Sampler
 from sb3_scratch_dqn.replay.sb3_buffers import SB3_BUFFERS, copy_other_buffer, from_sb3_buffer, to_sb3_buffer
 from sb3_scratch_dqn.replay.source import BatchSource, batch_source, check_sampling
 from sb3_scratch_dqn.replay.stores import Store

@@ -80,12 +80,12 @@ def is_replay_archive(file: IO[bytes]) -> bool:
 
 
 def read_replay_archive(
-    file: IO[bytes], what: str, observation_space: Space, action_space: spaces.Discrete, n_envs: int, device: th.device
+    file: IO[bytes], label: str, observation_space: Space, action_space: spaces.Discrete, n_envs: int, device: th.device
 ) -> ScratchReplayBuffer:
     """Read a file of :func:`write_replay_buffer`.
 
     :param file: the open file
-    :param what: name of the file in error messages
+    :param label: name of the file in error messages
     :param observation_space: required observation space
     :param action_space: required action space
     :param n_envs: required number of environments
@@ -93,18 +93,18 @@ def read_replay_archive(
     :raises ValueError: if it is not such a file, is truncated or damaged, or does not have the required spaces or
         number of environments
     """
-    header, arrays = _read(file, what)
+    header, arrays = _read(file, label)
     for name, required in (("observation_space", observation_space), ("action_space", action_space)):
         stored = header.get(name)
         if not isinstance(stored, dict) or _without_text(stored) != _without_text(describe_space(required)):
             text = stored.get("text") if isinstance(stored, dict) else None
-            raise ValueError(f"{what} has the {name.replace('_', ' ')} {text}, but the model's is {required}")
+            raise ValueError(f"{label} has the {name.replace('_', ' ')} {text}, but the model's is {required}")
     if header.get("n_envs") != n_envs:
-        raise ValueError(f"{what} has n_envs={header.get('n_envs')}, but must have n_envs={n_envs}, as the model")
+        raise ValueError(f"{label} has n_envs={header.get('n_envs')}, but must have n_envs={n_envs}, as the model")
     try:
         return _restore(header, arrays, observation_space, action_space, n_envs, device)
     except (ValueError, KeyError, TypeError, ArithmeticError, MemoryError) as error:
-        raise ValueError(f"{what} is inconsistent: {error}") from error
+        raise ValueError(f"{label} is inconsistent: {error}") from error
 
 
 def _restore(
@@ -143,7 +143,7 @@ def _restore(
     return buffer
 
 
-def _read(file: IO[bytes], what: str) -> tuple[dict[str, Any], dict[str, Array]]:
+def _read(file: IO[bytes], label: str) -> tuple[dict[str, Any], dict[str, Array]]:
     arrays = {}
     try:
         with zipfile.ZipFile(file) as archive:
@@ -156,12 +156,12 @@ def _read(file: IO[bytes], what: str) -> tuple[dict[str, Any], dict[str, Array]]
         *(zipfile.BadZipFile, zlib.error, EOFError, OSError),
         *(KeyError, ValueError, RuntimeError, NotImplementedError, MemoryError),
     ) as error:
-        raise ValueError(f"{what} is not a replay buffer file, or is truncated: {error}") from error
+        raise ValueError(f"{label} is not a replay buffer file, or is truncated: {error}") from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError(f"{what} is not a replay buffer file: its header does not say so")
+        raise ValueError(f'{label} is not a replay buffer file: its header must have "format": "{_FORMAT}"')
     if header.get("version") != _VERSION:
         raise ValueError(
-            f"{what} has version {header.get('version')!r} of the format, but this package reads version {_VERSION}"
+            f"{label} has version {header.get('version')!r} of the format, but this package reads version {_VERSION}"
         )
     return header, arrays
 

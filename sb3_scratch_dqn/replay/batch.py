@@ -49,12 +49,11 @@ class Batch(NamedTuple):
     indices: tuple[Int[Indices, "B"], Int[Indices, "B"]] | None = None
 
     def split(self, n_batches: int) -> "list[Batch]":
-        """Split concatenated mini-batches into copies.
-
-        The copies are separate allocations: on some processors the last bits of a matrix product depend on the
-        alignment of its operands.
+        """Split concatenated mini-batches.
 
         :param n_batches: number of mini-batches of the same size
+        :return: this batch itself if ``n_batches`` is 1, else copies. They are separate allocations, because on some
+            processors the last bits of a matrix product depend on the alignment of its operands
         """
         if n_batches == 1:
             return [self]

@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_scratch_dqn.replay.batch import ArrayBatch, Batch
 from sb3_scratch_dqn.replay.frame_layout import Stacking
 from sb3_scratch_dqn.replay.frames import StackedFrames
-from sb3_scratch_dqn.replay.nstep import Floats, Fold, fold_n_steps, fold_one_step
+from sb3_scratch_dqn.replay.nstep import Floats, NStepReturns, n_step_returns, one_step_returns
 from sb3_scratch_dqn.replay.observations import (
     Array,
     DenseObservations,
@@ -24,8 +24,8 @@ from sb3_scratch_dqn.replay.observations import (
     Space,
     gather,
 )
+from sb3_scratch_dqn.replay.sampler_interface import Sampler
 from sb3_scratch_dqn.replay.samplers import make_sampler
-from sb3_scratch_dqn.replay.sampling import Sampler
 from sb3_scratch_dqn.replay.stores import Store
 
 
@@ -202,17 +202,17 @@ class ScratchReplayBuffer(ReplayBuffer):
         """Sample as :meth:`sample_batch`, but return arrays; parameters as there."""
         store = self.store
         rows, envs, weights = self.sampler.draw(self, batch_size, n_batches)
-        fold = self._fold(rows, envs, env, self.gamma if gamma is None else gamma)
-        observations, next_observations = store.read_both(rows, fold.last_rows, envs)
+        windows = self._n_step_returns(rows, envs, env, self.gamma if gamma is None else gamma)
+        observations, next_observations = store.read_both(rows, windows.last_rows, envs)
         return ArrayBatch(
             self._normalize_obs(observations, env),
             gather(store.actions, rows, envs)[:, 0].astype(np.int64, copy=False),
-            fold.returns,
-            (1 - fold.terminated) * fold.discounts,
+            windows.returns,
+            (1 - windows.terminated) * windows.discounts,
             self._normalize_obs(next_observations, env),
             weights,
             None if store.action_masks is None else gather(store.action_masks, rows, envs),
-            None if store.next_action_masks is None else gather(store.next_action_masks, fold.last_rows, envs),
+            None if store.next_action_masks is None else gather(store.next_action_masks, windows.last_rows, envs),
             (rows, envs),
         )
 
@@ -248,11 +248,11 @@ class ScratchReplayBuffer(ReplayBuffer):
     def _samples(
         self, rows: Array, envs: Array, env: VecNormalize | None
     ) -> ReplayBufferSamples | DictReplayBufferSamples:
-        fold = self._fold(rows, envs, env, self.gamma)
-        observations, next_observations = self.store.read_both(rows, fold.last_rows, envs)
+        windows = self._n_step_returns(rows, envs, env, self.gamma)
+        observations, next_observations = self.store.read_both(rows, windows.last_rows, envs)
         discounts = None
-        if isinstance(fold.discounts, np.ndarray):  # in SB3, None for windows of one step
-            discounts = self._tensor(fold.discounts[:, None])
+        if isinstance(windows.discounts, np.ndarray):  # in SB3, None for windows of one step
+            discounts = self._tensor(windows.discounts[:, None])
         columns: type[Any] = ReplayBufferSamples
         if isinstance(self.observation_space, spaces.Dict):
             columns = DictReplayBufferSamples
@@ -260,18 +260,18 @@ class ScratchReplayBuffer(ReplayBuffer):
             observations=self._observation_tensor(observations, env),
             actions=self._tensor(gather(self.store.actions, rows, envs)),
             next_observations=self._observation_tensor(next_observations, env),
-            dones=self._tensor(fold.terminated[:, None]),
-            rewards=self._tensor(fold.returns[:, None]),
+            dones=self._tensor(windows.terminated[:, None]),
+            rewards=self._tensor(windows.returns[:, None]),
             discounts=discounts,
         )
         return samples
 
-    def _fold(self, rows: Array, envs: Array, env: VecNormalize | None, gamma: float) -> Fold:
+    def _n_step_returns(self, rows: Array, envs: Array, env: VecNormalize | None, gamma: float) -> NStepReturns:
         normalize_reward: Callable[[Floats], Floats] = partial(self._normalize_reward, env=env)
         if self.n_steps == 1:
-            return fold_one_step(self.store, rows, envs, gamma, normalize_reward)
+            return one_step_returns(self.store, rows, envs, gamma, normalize_reward)
         newest_row = (self.pos - 1) % self.buffer_size
-        return fold_n_steps(self.store, rows, envs, gamma, normalize_reward, self.n_steps, newest_row)
+        return n_step_returns(self.store, rows, envs, gamma, normalize_reward, self.n_steps, newest_row)
 
     def _tensor(self, array: Array) -> th.Tensor:
         # Arrays read from the store are copies already

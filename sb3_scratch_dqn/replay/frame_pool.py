@@ -15,7 +15,7 @@ class FramePool:
 
     :param n_envs: number of environments
     :param depth: number of frames stored of an observation: its newest ones
-    :param like: arrays of frames, ``(..., n_envs, *frame_shape)``, by key
+    :param like: arrays of frames, ``(rows, n_envs, *frame_shape)``, by key; gives the frame shapes and dtypes
     """
 
     def __init__(self, n_envs: int, depth: int, like: dict[str, Array]) -> None:

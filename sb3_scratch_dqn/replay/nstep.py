@@ -5,9 +5,10 @@ For a window that starts at step :math:`t` and has :math:`k \le n` steps of one 
 .. math:: R_t = \sum_{i=0}^{k-1} \gamma^i r_{t+i}, \qquad
           \text{target} = R_t + \gamma^k (1 - \text{terminated}_{t+k-1}) V(s_{t+k}).
 
-A window ends early at a termination, at a truncation, at a reset in the middle of an episode (these two bootstrap from
-the last observation of the episode) and at the newest step of the ring buffer, whose continuation is not known yet. So
-every step of an episode can start a window, and no window reaches into another episode.
+A window ends early at a termination, at a truncation, at a reset in the middle of an episode, and at the newest step of
+the ring buffer, whose continuation is not known yet. Except after a termination, the return bootstraps from the next
+observation of the window's last step. So every step of an episode can start a window, and no window reaches into
+another episode.
 """
 
 from collections.abc import Callable
@@ -25,8 +26,8 @@ Floats = npt.NDArray[np.float32]
 _MANY_STEPS, _CHUNK_STEPS = 2**16, 256
 
 
-class Fold(NamedTuple):
-    """``B`` windows of one or more steps.
+class NStepReturns(NamedTuple):
+    """The n-step returns of ``B`` windows of one or more steps.
 
     :param last_rows: row of the last step of each window, ``(B,)``
     :param returns: discounted sum of the rewards, ``(B,)``
@@ -40,15 +41,18 @@ class Fold(NamedTuple):
     terminated: Floats
 
 
-def fold_one_step(
+def one_step_returns(
     store: Store,
     rows: Array,
     envs: Array,
     gamma: float,
     normalize_reward: Callable[[Floats], Floats],
-) -> Fold:
-    """Compute windows of one step; parameters as in :func:`fold_n_steps`."""
-    return Fold(
+) -> NStepReturns:
+    """Compute the returns of windows of one step; parameters as in :func:`n_step_returns`.
+
+    :return: the returns, with ``rows`` as the last rows
+    """
+    return NStepReturns(
         last_rows=rows,
         returns=normalize_reward(gather(store.rewards, rows, envs)),
         discounts=np.float32(gamma),
@@ -57,7 +61,7 @@ def fold_one_step(
 
 
 def _longest_window(store: Store, rows: Array, envs: Array, n_steps: int, newest_row: int) -> int:
-    """Return the length of the longest window, searched in chunks; parameters as in :func:`fold_n_steps`."""
+    """Return the length of the longest window, searched in chunks; parameters as in :func:`n_step_returns`."""
     open_windows = np.arange(len(rows))
     for begin in range(0, min(n_steps, store.capacity), _CHUNK_STEPS):
         end = min(begin + _CHUNK_STEPS, n_steps)
@@ -80,7 +84,7 @@ def _ends(store: Store, rows: Array, envs: Array, steps: Array, newest_row: int)
     return window_rows, ends
 
 
-def fold_n_steps(
+def n_step_returns(
     store: Store,
     rows: Array,
     envs: Array,
@@ -88,8 +92,8 @@ def fold_n_steps(
     normalize_reward: Callable[[Floats], Floats],
     n_steps: int,
     newest_row: int,
-) -> Fold:
-    """Compute windows of up to ``n_steps`` steps.
+) -> NStepReturns:
+    """Compute the returns of windows of up to ``n_steps`` steps.
 
     :param store: the store that holds the steps
     :param rows: row of the first step of each window, ``(B,)``
@@ -98,6 +102,7 @@ def fold_n_steps(
     :param normalize_reward: applied to each reward before the sum
     :param n_steps: maximum length of a window
     :param newest_row: the row that was written last, where every window ends
+    :return: the returns of the windows
     """
     if n_steps * len(rows) > _MANY_STEPS:
         n_steps = _longest_window(store, rows, envs, n_steps, newest_row)
@@ -109,7 +114,7 @@ def fold_n_steps(
     rewards = normalize_reward(store.rewards[window_rows, envs[:, None]])
     step_discounts = gamma ** steps.astype(np.float32)
     last_rows = (rows + last) % store.capacity
-    return Fold(
+    return NStepReturns(
         last_rows=last_rows,
         returns=(rewards * step_discounts * inside).sum(axis=1),
         discounts=gamma ** inside.sum(axis=1).astype(np.float32),

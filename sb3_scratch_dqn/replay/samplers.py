@@ -9,7 +9,7 @@ import torch as th
 
 from sb3_scratch_dqn.common.checks import check_bool, check_fraction, check_number, check_positive
 from sb3_scratch_dqn.replay.observations import Array
-from sb3_scratch_dqn.replay.sampling import Draw, PriorityOwner, RingBuffer, Sampler
+from sb3_scratch_dqn.replay.sampler_interface import Draw, PriorityOwner, RingBuffer, Sampler
 from sb3_scratch_dqn.replay.sum_tree import SumTree
 
 # Arguments of ScratchReplayBuffer that select and configure the sampler
@@ -251,7 +251,7 @@ class PrioritizedSampler:
         self.tree.set(rows if self.n_envs == 1 else rows * self.n_envs + envs, values)
 
     def set_progress(self, progress_remaining: float) -> None:
-        """Anneal ``beta`` to the remaining fraction of training, from 1 to 0."""
+        """Set the remaining fraction of training, 1 to 0, on which :attr:`beta_now` depends."""
         self.progress_remaining = progress_remaining
 
     def copy_priorities_from(self, other: Sampler, buffer: RingBuffer) -> None:
@@ -317,8 +317,15 @@ def make_sampler(
     beta_final: float = 1.0,
     epsilon: float = 1e-6,
 ) -> Sampler:
-    """Return a :class:`UniformSampler`, or a :class:`PrioritizedSampler`, whose parameters the others are.
+    """Create a :class:`PrioritizedSampler` if ``prioritized`` is true, else a :class:`UniformSampler`.
 
+    :param n_envs: number of environments
+    :param prioritized: whether to sample by priority; uniform sampling ignores the parameters below
+    :param alpha: exponent of the priorities
+    :param beta: exponent of the importance weights at the beginning of training
+    :param beta_final: exponent of the importance weights at the end of training
+    :param epsilon: added to every priority
+    :return: the sampler
     :raises ValueError: if an argument is invalid
     """
     check_bool("prioritized", prioritized)

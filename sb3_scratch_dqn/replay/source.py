@@ -104,15 +104,15 @@ def check_sampling(buffer: ReplayBuffer, masked: bool) -> None:
 
     :param buffer: any replay buffer
     :param masked: whether the environments have action masks
-    :raises ValueError: if the buffer samples no action masks but ``masked`` is true, or if it is a prioritized buffer
-        whose ``sample()`` is overridden
+    :raises ValueError: if ``masked`` is true but samples of the buffer have no action masks, or if it is a prioritized
+        buffer whose ``sample()`` is overridden
     """
     name = type(buffer).__name__
     has_sample_batch = _has_sample_batch(buffer)
     if masked and not has_sample_batch:
         raise ValueError(
-            f"replay_buffer_class={name} samples no action masks, but env has them: "
-            "omit replay_buffer_class, or hide action_masks() of env"
+            f"replay_buffer_class={name} does not support action masks, but env has them: "
+            "leave replay_buffer_class out, or hide action_masks() of env"
         )
     prioritized = isinstance(buffer, ScratchReplayBuffer) and not isinstance(buffer.sampler, UniformSampler)
     if prioritized and not has_sample_batch:

@@ -99,7 +99,7 @@ def _running_sums(values: Floats) -> Floats:
 def _first_above(running: Floats, sums: Floats) -> Indices:
     """Return the index of the value with which a running sum first exceeds each of ``sums``.
 
-    :param running: from :func:`_running_sums`
+    :param running: running sums from :func:`_running_sums`
     :param sums: ``(B,)``; modified in place: sums of at least the total are lowered to just below it
     :return: ``(B,)``
     """

@@ -22,7 +22,7 @@ from sb3_scratch_dqn.values.masks import (
     masked_log_softmax,
     masks_of_next_states,
 )
-from sb3_scratch_dqn.values.support import SupportMonitor
+from sb3_scratch_dqn.values.support_monitor import SupportMonitor
 from sb3_scratch_dqn.values.td import (
     GreedyTarget,
     MunchausenSettings,

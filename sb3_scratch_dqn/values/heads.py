@@ -46,7 +46,7 @@ class ValueHead(Protocol):
     def q_values(self, outputs: Float[Tensor, "B A K"]) -> Float[Tensor, "B A"]:
         """Return action values.
 
-        :param outputs: of the network
+        :param outputs: outputs of the network
         """
 
     def backup(
@@ -54,7 +54,7 @@ class ValueHead(Protocol):
     ) -> Float[Tensor, "B *target"]:
         """Compute the target of the outputs.
 
-        :param next_outputs: of the target network for the next states and the actions chosen there
+        :param next_outputs: outputs of the target network for the next states and the actions chosen there
         :param returns: discounted sums of the rewards before the next states
         :param discounts: factors of the next states' values
         :return: a target for :meth:`losses`
@@ -65,7 +65,7 @@ class ValueHead(Protocol):
     ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
         """Compute the per-sample losses.
 
-        :param outputs: of the online network for the actions taken
+        :param outputs: outputs of the online network for the actions taken
         :param target: from :meth:`backup`
         :param loss: the elementwise loss
         :return: losses, and replay priorities, which have no gradient
@@ -110,7 +110,7 @@ class ExpectedHead:
     def moments(
         self, outputs: Float[Tensor, "B 1"], target: Float[Tensor, "B"]
     ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"], None]:
-        """Return the outputs and the target."""
+        """Return the outputs, the target, and ``None``."""
         return outputs.squeeze(1), target, None
 
 
@@ -215,7 +215,7 @@ class CategoricalHead:
     def moments(
         self, outputs: Float[Tensor, "B K"], target: Float[Tensor, "B K"]
     ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"], Float[Tensor, "B"]]:
-        """Return means and standard deviations of the distributions."""
+        """Return the means of the predictions and of the targets, and the standard deviations of the predictions."""
         atoms, probabilities = self._atoms.like(outputs), outputs.softmax(dim=1)
         means = probabilities @ atoms
         variances = (probabilities * (atoms - means.unsqueeze(1)) ** 2).sum(dim=1)
@@ -256,7 +256,7 @@ class QuantileHead:
     def moments(
         self, outputs: Float[Tensor, "B K"], target: Float[Tensor, "B K"]
     ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"], Float[Tensor, "B"]]:
-        """Return means and standard deviations of the quantiles."""
+        """Return the means of the predictions and of the targets, and the standard deviations of the predictions."""
         return outputs.mean(dim=1), target.mean(dim=1), outputs.std(dim=1, correction=0)
 
 
@@ -331,7 +331,7 @@ class ImplicitQuantileHead:
     def moments(
         self, outputs: Float[Tensor, "B K"], target: Float[Tensor, "B N_prime"]
     ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"], Float[Tensor, "B"]]:
-        """Return means and standard deviations of the quantiles."""
+        """Return the means of the predictions and of the targets, and the standard deviations of the predictions."""
         quantiles = ImplicitQuantiles.unpack(outputs).quantiles
         return quantiles.mean(dim=1), target.mean(dim=1), quantiles.std(dim=1, correction=0)
 

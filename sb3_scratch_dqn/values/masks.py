@@ -31,14 +31,24 @@ _FORBIDDEN_LOGIT = -1e30
 
 
 def masked_argmax(values: Float[Tensor, "B A"], masks: Bool[Tensor, "B A"] | None) -> Int64[Tensor, "B"]:
-    """Return the best allowed action of each state."""
+    """Return the best allowed action of each state.
+
+    :param values: action values
+    :param masks: true where an action is allowed; ``None`` if all are
+    :return: indices of the actions
+    """
     if masks is not None:
         values = values.masked_fill(~masks, -th.inf)
     return values.argmax(dim=1)
 
 
 def masked_log_softmax(logits: Float[Tensor, "B A"], masks: Bool[Tensor, "B A"] | None) -> Float[Tensor, "B A"]:
-    """Return log-probabilities of actions; those of forbidden actions are very low."""
+    """Compute the logarithm of the softmax over the allowed actions of each state.
+
+    :param logits: logits of the actions
+    :param masks: true where an action is allowed; ``None`` if all are
+    :return: log-probabilities; those of forbidden actions are very low, but finite
+    """
     if masks is not None:
         logits = logits.masked_fill(~masks, _FORBIDDEN_LOGIT)
     return logits.log_softmax(dim=1)
@@ -47,6 +57,10 @@ def masked_log_softmax(logits: Float[Tensor, "B A"], masks: Bool[Tensor, "B A"] 
 def check_masks(masks: Any, n_observations: int, n_actions: int) -> Bool[Masks, "{n_observations} {n_actions}"]:
     """Convert masks to an array of shape ``(n_observations, n_actions)``.
 
+    :param masks: booleans or numbers of that shape, or a single row for one observation
+    :param n_observations: number of observations
+    :param n_actions: number of actions
+    :return: true where an action is allowed
     :raises ValueError: if they have another shape, values that are not boolean, or a row that allows no action
     """
     array = as_numeric_array("action_masks", masks)
@@ -126,8 +140,8 @@ def masks_of_next_states(
 
     :param masks_now: masks of the current states of the environments
     :param dones: whether the episode ended
-    :param infos: of that step; ``info["action_masks"]`` is the mask of an episode's last state. Without it, all actions
-        are considered allowed there, which matters if the episode was truncated
+    :param infos: infos of that step; ``info["action_masks"]`` is the mask of an episode's last state. Without it, all
+        actions are considered allowed there, which matters if the episode was truncated
     """
     if not dones.any():
         return masks_now

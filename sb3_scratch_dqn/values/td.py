@@ -1,13 +1,14 @@
 r"""The Bellman update of the whole DQN family.
 
-The outputs of the online network for the actions taken are compared with a target. Two classes compute targets; one of
-them is chosen once, at set-up:
+The outputs of the online network for the actions taken are compared with a target. Two classes compute targets;
+:func:`make_target` chooses one of them:
 
 - :class:`GreedyTarget`: the return of the best next action (DQN, and with ``double_q`` Double DQN);
 - :class:`MunchausenTarget`: the return of a soft-greedy policy, plus a bonus for the log-probability of the action.
 
 Conventions: ``B`` transitions, ``A`` actions, ``K`` network outputs per action. The losses are per sample; the engine
-weights and averages them.
+weights and averages them. For the expected head with a greedy target, the fused engine uses hand-derived gradients
+(``engines/fused/loss_gradients.py``).
 """
 
 from collections.abc import Callable
@@ -98,8 +99,8 @@ class MunchausenSettings(NamedTuple):
 class MunchausenTarget:
     r"""The return of the policy :math:`\pi = \text{softmax}(q / \tau)`, and a bonus (https://arxiv.org/abs/2007.14430).
 
-    .. math:: r + \alpha [\tau \ln \pi(a|s)]_{l_0}^0
-              + \gamma \sum_{a'} \pi(a'|s') \left(z(s', a') - \tau \ln \pi(a'|s')\right)
+    .. math:: R + \alpha [\tau \ln \pi(a|s)]_{l_0}^0
+              + \gamma^k (1 - \text{terminated}) \sum_{a'} \pi(a'|s') \left(z(s', a') - \tau \ln \pi(a'|s')\right)
 
     with :math:`z` the outputs of the target network, for any distribution that they represent. :math:`q` are action
     values of the target network; with double Q-learning, of the online network.
@@ -154,7 +155,7 @@ class TargetNetwork(Protocol):
     def q_values_from(self, obs: BatchedObs, target_outputs: Float[Tensor, "B A K"]) -> Float[Tensor, "B A"]:
         """Return the action values of observations whose :meth:`target_outputs` are known."""
 
-    def evaluate(self, obs: BatchedObs) -> Float[Tensor, "B A"]:
+    def eval_q_values(self, obs: BatchedObs) -> Float[Tensor, "B A"]:
         """Return action values, computed in evaluation mode."""
 
 
@@ -167,10 +168,12 @@ def make_target(objective: Objective, network: TargetNetwork, target_network: Ta
     :param head: interprets the outputs of both
     :return: batch -> target
     """
-    selector: Selector = (lambda obs, _: network.evaluate(obs)) if objective.double_q else target_network.q_values_from
+    selector: Selector = (
+        (lambda obs, _: network.eval_q_values(obs)) if objective.double_q else target_network.q_values_from
+    )
     if objective.munchausen is None:
         return GreedyTarget(target_network.target_outputs, selector, head)
-    values = (network if objective.double_q else target_network).evaluate
+    values = (network if objective.double_q else target_network).eval_q_values
     return MunchausenTarget(target_network.target_outputs, selector, values, head, objective.munchausen)
 
 
@@ -182,6 +185,7 @@ def predict(
     :param batch: the transitions
     :param network: the online network
     :param target_fn: computes the target; called without gradient
+    :return: the outputs, and their target in the form that the head defines
     """
     with th.no_grad():
         target = target_fn(batch)

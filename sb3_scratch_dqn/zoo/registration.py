@@ -70,7 +70,7 @@ def _patch_experiment_manager(exp_manager: ModuleType) -> None:
 class StudyTrial:
     """A trial of a study; unlike the trial number 0, it is never falsy.
 
-    :param number: of the trial; ``None`` for the best one
+    :param number: number of the trial; ``None`` for the best one
     """
 
     number: int | None

@@ -197,7 +197,7 @@ def test_a_buffer_that_was_chosen_samples_as_it_did(settings):
     assert_same_training(go_on(reference, TimeoutEnv, states), go_on(converted, TimeoutEnv, states))
 
 
-def test_steps_that_sb3_does_not_fold_are_not_folded():
+def test_n_steps_that_sb3_ignores_are_ignored():
     settings = {**SMALL, "replay_buffer_class": ReplayBuffer, "n_steps": 3}
     with pytest.warns(UserWarning, match="is ignored"):
         reference, states = trained(DQN, "MlpPolicy", TimeoutEnv, 200, settings)

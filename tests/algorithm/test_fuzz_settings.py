@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sb3_scratch_dqn import ScratchDQN
-from sb3_scratch_dqn.algorithm.settings import READERS
+from sb3_scratch_dqn.algorithm.settings import PARSERS
 
 BASE = {"learning_starts": 8, "batch_size": 4, "buffer_size": 64, "seed": 0}
 
@@ -37,7 +37,7 @@ VALUES = [
 # Names in the dicts among them: what is wrong in one of these is named itself
 NESTED = [name for value in VALUES if isinstance(value, dict) for name in value if isinstance(name, str)]
 
-a_setting = st.tuples(st.sampled_from(sorted(READERS)), st.sampled_from(range(len(VALUES))))
+a_setting = st.tuples(st.sampled_from(sorted(PARSERS)), st.sampled_from(range(len(VALUES))))
 fuzzed = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
@@ -102,7 +102,7 @@ def test_settings_that_are_written_past_the_checks_are_found_by_the_set_up(writt
         model.learn(20)
 
 
-@pytest.mark.parametrize("name", sorted(READERS))
+@pytest.mark.parametrize("name", sorted(PARSERS))
 def test_each_value_of_each_setting(name):
     for value in VALUES:
         if writes(name, value):

@@ -8,7 +8,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from sb3_scratch_dqn import ScratchDQN
-from sb3_scratch_dqn.engines.update import LastUpdate
+from sb3_scratch_dqn.engines.last_update import LastUpdate
 from sb3_scratch_dqn.values.heads import HEADS, make_head
 
 NAMES = {"train/loss", "train/q_mean", "train/target_mean", "train/td_error", "train/grad_norm"}

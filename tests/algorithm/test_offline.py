@@ -204,7 +204,7 @@ def test_wrong_arguments_are_named(arguments, message):
 
 
 def test_an_empty_buffer_is_refused():
-    with pytest.raises(ValueError, match="the replay buffer is empty: fill it first"):
+    with pytest.raises(ValueError, match="the replay buffer is empty: call load_transitions"):
         ScratchDQN("MlpPolicy", TimeoutEnv(), **SETTINGS).learn_offline(10)
 
 

@@ -15,7 +15,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_scratch_dqn import DQNPolicy, ScratchDQN
-from sb3_scratch_dqn.algorithm.rollout import lean_step
+from sb3_scratch_dqn.algorithm.rollout import fast_step
 
 
 class InfoEnv(TimeoutEnv):
@@ -98,7 +98,7 @@ def test_without_a_callback_nothing_differs():
 def test_lean_steps_are_those_of_the_environments(n_envs, env_class):
     envs = [make_vec_env(env_class, n_envs=n_envs, seed=0) for _ in range(2)]
     assert_equal(*(env.reset() for env in envs))
-    steps = envs[0].step, lean_step(envs[1])
+    steps = envs[0].step, fast_step(envs[1])
     assert steps[1] != envs[1].step
     before, ended = [], 0
     for count in range(80):
@@ -125,7 +125,7 @@ def test_other_vectorised_environments_are_stepped_by_their_own_method():
     other, dicts, patched = Other([TimeoutEnv]), DummyVecEnv([DictEnv]), DummyVecEnv([TimeoutEnv])
     patched.step_wait = lambda: None
     for env in (other, dicts, patched):
-        assert lean_step(env) == env.step
+        assert fast_step(env) == env.step
 
 
 def test_a_patched_step_is_called():

@@ -218,7 +218,7 @@ def test_settings_of_exploration_that_are_assigned_count():
     model.learn(60)
     assert model.exploration_rate == 0.3
     model.exploration_schedule = "exponential"
-    with pytest.raises(ValueError, match=r"exploration_steps=100 is the length of a linear schedule"):
+    with pytest.raises(ValueError, match=r"exploration_steps=100 needs exploration_schedule='linear'"):
         model.exploration_steps = 100
     assert model.exploration_steps is None
 

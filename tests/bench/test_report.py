@@ -87,7 +87,7 @@ def test_verdicts_agree_with_the_known_scores(tmp_path):
             assert f"{where}, {measure}: `scratch_dqn` shows **no difference** to `dqn` at the 95% level" in text
             assert f"{where}, {measure}: `scratch_dqn:rainbow` is **better** than `dqn` at the 95% level" in text
             assert f"{where}, {measure}: `qrdqn` is **worse** than `dqn` at the 95% level" in text
-    assert "there are 18 comparisons here" in text
+    assert "There are 18 comparisons here" in text
 
 
 def test_numbers_agree_with_the_files(tmp_path):

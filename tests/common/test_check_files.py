@@ -169,7 +169,7 @@ def test_incompatible_parameters_leave_the_model_unchanged():
     with pytest.raises(RuntimeError, match="size mismatch"):
         model.set_parameters(wrong)
     assert_equal(before, model.get_parameters())
-    with pytest.raises(ValueError, match="parameters of nonsense were given, but must be of policy"):
+    with pytest.raises(ValueError, match="parameters of nonsense were given, but the model has only policy"):
         model.set_parameters({**ScratchDQN("MlpPolicy", TimeoutEnv()).get_parameters(), "nonsense": {}})
     assert_equal(before, model.get_parameters())
 

@@ -110,7 +110,7 @@ def makes_none(parameters, lr):
         # Would otherwise raise an error of PyTorch, NumPy or SB3
         ("policy_kwargs", {"optimizer_class": "Adam"}, "subclass of torch.optim.optimizer.Optimizer"),
         ("policy_kwargs", {"optimizer_class": nn.ReLU}, "subclass of torch.optim.optimizer.Optimizer"),
-        ("policy_kwargs", {"optimizer_class": th.optim.LBFGS}, "by a closure"),
+        ("policy_kwargs", {"optimizer_class": th.optim.LBFGS}, "needs a closure in step()"),
         ("policy_kwargs", {"optimizer_class": makes_none}, "must make a torch.optim.Optimizer, but made None"),
         ("policy_kwargs", {"optimizer_kwargs": 5}, "must be a dict"),
         ("policy_kwargs", {"optimizer_kwargs": {"lr": 1}}, "unknown name 'lr'"),
@@ -124,7 +124,7 @@ def makes_none(parameters, lr):
         (
             "policy_kwargs",
             {"features_extractor_class": without_parameters},
-            "cannot be made with features_extractor_kwargs=",
+            "cannot be created with features_extractor_kwargs=",
         ),
         ("policy_kwargs", {"features_extractor_kwargs": [1]}, "must be a dict"),
         ("policy_kwargs", {"features_extractor_kwargs": {"x": 1}}, "unknown name 'x'"),
@@ -148,7 +148,7 @@ def makes_none(parameters, lr):
         ("policy_kwargs", {"head_kwargs": {"x": 1}}, "there are none to choose from"),
         ("policy_kwargs", {"net_arch": [2**63]}, "whole numbers of at least 1"),
         ("replay_buffer_kwargs", {"frames": np.array("auto")}, "'auto', True or False"),
-        ("replay_buffer_class", BufferWithoutDevice, "cannot be made with replay_buffer_kwargs={}: TypeError"),
+        ("replay_buffer_class", BufferWithoutDevice, "cannot be created with replay_buffer_kwargs={}: TypeError"),
     ],
 )
 def test_an_invalid_setting_is_named_with_its_value_and_what_would_be_right(name, value, right):

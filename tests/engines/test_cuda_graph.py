@@ -284,7 +284,8 @@ def test_auto_does_not_select_it(capsys, monkeypatch):
     assert make("defaults", "auto", verbose=1)._engine.name == "eager"
     message = "Using the eager engine, because the CUDA graph engine must be selected explicitly by engine='cuda_graph'"
     assert message in capsys.readouterr().out
-    assert make("defaults", "cuda_graph")._engine.name == "cuda_graph"
+    assert make("defaults", "cuda_graph", verbose=1)._engine.name == "cuda_graph"
+    assert "Using the CUDA graph engine, as selected" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -149,7 +149,7 @@ class OwnPolicy(DQNPolicy):
         return OwnNetwork(**self._update_features_extractor(self.net_args))
 
 
-# Policy, environment, policy_kwargs, and why gradients are not computed by hand
+# Policy, environment, policy_kwargs, and why hand-derived gradients do not support it
 BY_AUTOGRAD = {
     "images": ("CnnPolicy", LargerImageEnv, {}, "features_extractor_class=NatureCNN does more than flatten"),
     "dict": ("MultiInputPolicy", DictEnv, {}, "features_extractor_class=CombinedExtractor does more than flatten"),
@@ -206,10 +206,28 @@ def test_the_engine_is_printed_once_with_the_reason(capsys):
     assert capsys.readouterr().out.count("Using the fused engine, the fastest for these settings") == 1
     model.learn(30)
     assert "engine" not in capsys.readouterr().out
-    ScratchDQN("MlpPolicy", TimeoutEnv(), verbose=1, engine="eager")
-    assert "Using the eager engine, as selected" in capsys.readouterr().out
     ScratchDQN("MlpPolicy", TimeoutEnv())
     assert "engine" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("policy", "env", "engine", "message"),
+    [
+        ("MlpPolicy", TimeoutEnv, "eager", "Using the eager engine, as selected"),
+        ("MlpPolicy", TimeoutEnv, "fused", "Using the fused engine, as selected"),
+        (
+            "CnnPolicy",
+            LargerImageEnv,
+            "fused",
+            "Using the fused engine with autograd, because the fused engine does not support this configuration",
+        ),
+    ],
+)
+def test_a_selected_engine_is_printed_as_selected_unless_another_of_its_name_was_skipped(
+    policy, env, engine, message, capsys
+):
+    ScratchDQN(policy, env(), verbose=1, engine=engine, buffer_size=100)
+    assert capsys.readouterr().out.count(message) == 1
 
 
 @pytest.mark.parametrize("obstacle", ["module", "parameter", "frozen"])

@@ -170,7 +170,10 @@ def header(**changed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (header(format="else"), "is not a replay buffer file: its header does not say so"),
+        (
+            header(format="else"),
+            'is not a replay buffer file: its header must have "format": "sb3-scratch-dqn replay buffer"',
+        ),
         (header(version=99), "has version 99 of the format, but this package reads version 1"),
         (header(pos=7), "its array 'steps' counts 120, but its 90 rows end before row 7"),
         (header(pos=700), "pos=700 is outside of its 90 rows"),

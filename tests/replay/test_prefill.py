@@ -296,8 +296,8 @@ def test_earlier_trajectories_are_cut_where_data_begins():
     model.replay_buffer.dones[7] = 0
     model.load_transitions(DATA)
     assert model.replay_buffer.store.cuts[7]
-    fold = model.replay_buffer._fold(np.array([6, 7]), np.zeros(2, dtype=int), None, 0.5)
-    assert fold.last_rows.max() == 7
+    windows = model.replay_buffer._n_step_returns(np.array([6, 7]), np.zeros(2, dtype=int), None, 0.5)
+    assert windows.last_rows.max() == 7
 
 
 def test_gaps_are_stored_without_handle_timeout_termination():

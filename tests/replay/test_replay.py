@@ -218,10 +218,10 @@ def test_n_step_returns_do_not_cross_a_reset(stacked):
     np.testing.assert_array_equal(buffer.store.cuts[:6], [[1, 1], [0, 0], [0, 0], [1, 1], [0, 0], [0, 0]])
     assert not buffer.timeouts[:6].any()
     rows, envs = np.arange(6), np.zeros(6, dtype=int)
-    fold = buffer._fold(rows, envs, None, 0.5)
-    np.testing.assert_array_equal(fold.last_rows, [0, 3, 3, 3, 5, 5])
-    np.testing.assert_array_equal(fold.returns, [1, 1.75, 1.5, 1, 1.5, 1])
-    np.testing.assert_array_equal(fold.discounts * (1 - fold.terminated), [0.5, 0.125, 0.25, 0.5, 0.25, 0.5])
+    windows = buffer._n_step_returns(rows, envs, None, 0.5)
+    np.testing.assert_array_equal(windows.last_rows, [0, 3, 3, 3, 5, 5])
+    np.testing.assert_array_equal(windows.returns, [1, 1.75, 1.5, 1, 1.5, 1])
+    np.testing.assert_array_equal(windows.discounts * (1 - windows.terminated), [0.5, 0.125, 0.25, 0.5, 0.25, 0.5])
 
 
 def test_end_trajectories_does_not_cut_episodes_that_ended():
@@ -230,11 +230,11 @@ def test_end_trajectories_does_not_cut_episodes_that_ended():
         buffer.add(obs, next_obs, action, reward, np.array([True, False]), [{} for _ in infos])
     buffer.end_trajectories()
     np.testing.assert_array_equal(buffer.store.cuts[:4], [[0, 0], [0, 0], [0, 0], [0, 1]])
-    fold = buffer._fold(np.array([3, 3]), np.array([0, 1]), None, 0.5)
-    np.testing.assert_array_equal(fold.terminated, [1, 0])
+    windows = buffer._n_step_returns(np.array([3, 3]), np.array([0, 1]), None, 0.5)
+    np.testing.assert_array_equal(windows.terminated, [1, 0])
     buffer.pos, buffer.full = 3, False
     buffer.add(obs, next_obs, action, reward, np.array([True, False]), [{}, {}])
-    assert not buffer.store.cuts[3].any(), "what is written over a cut is none"
+    assert not buffer.store.cuts[3].any(), "a row written over a cut is not cut"
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -244,10 +244,10 @@ def test_a_new_environment_does_not_continue_the_old_one(shared):
     model.set_env(gym.make("CartPole-v1"))
     model.learn(8, reset_num_timesteps=False)
     rows = np.arange(4, 10)
-    fold = model.replay_buffer._fold(rows, np.zeros(6, dtype=int), None, 0.5)
-    np.testing.assert_array_equal(fold.last_rows, [6, 7, 7, 7, 10, 11])
+    windows = model.replay_buffer._n_step_returns(rows, np.zeros(6, dtype=int), None, 0.5)
+    np.testing.assert_array_equal(windows.last_rows, [6, 7, 7, 7, 10, 11])
     # With optimize_memory_usage the next observation is lost, so it must not be used
-    np.testing.assert_array_equal(fold.terminated, np.where(fold.last_rows == 7, shared, 0))
+    np.testing.assert_array_equal(windows.terminated, np.where(windows.last_rows == 7, shared, 0))
 
 
 def test_n_step_returns_do_not_cross_a_reset_of_a_saved_one_step_buffer(tmp_path):
@@ -256,8 +256,8 @@ def test_n_step_returns_do_not_cross_a_reset_of_a_saved_one_step_buffer(tmp_path
     other = ScratchDQN("MlpPolicy", "CartPole-v1", n_steps=3, gamma=0.5)
     other.load_replay_buffer(tmp_path / "replay")
     assert other.replay_buffer.gamma == 0.5
-    fold = other.replay_buffer._fold(np.array([6, 7]), np.zeros(2, dtype=int), None, 0.5)
-    np.testing.assert_array_equal(fold.last_rows, [7, 7])
+    windows = other.replay_buffer._n_step_returns(np.array([6, 7]), np.zeros(2, dtype=int), None, 0.5)
+    np.testing.assert_array_equal(windows.last_rows, [7, 7])
 
 
 def test_set_env_raises_for_an_environment_without_stacks_if_frames_is_true():
@@ -289,13 +289,13 @@ def test_a_buffer_larger_than_the_available_memory_warns(monkeypatch):
     # 2 x 4 numbers of 4 bytes, 8 for the action, 4 each for the reward, its end and its timeout, 1 for cuts
     message = re.escape(
         "a full replay buffer of buffer_size=1,000,000 takes 0.1 GB, but only 0.0 GB of memory are available: "
-        "lower buffer_size (188,679 transitions would fit), or keep each observation once by "
+        "lower buffer_size (188,679 transitions would fit), or store each observation once by "
         "optimize_memory_usage=True and replay_buffer_kwargs=dict(handle_timeout_termination=False)"
     )
     with pytest.warns(UserWarning, match=f"^{message}$"):
         ScratchDQN("MlpPolicy", "CartPole-v1", **settings).learn(10)
     stacked = VecFrameStack(DummyVecEnv([lambda: gym.make("CartPole-v1")]), 4)
-    with pytest.warns(UserWarning, match=r"keep each frame once by replay_buffer_kwargs=dict\(frames=True\)"):
+    with pytest.warns(UserWarning, match=r"store each frame once by replay_buffer_kwargs=dict\(frames=True\)"):
         ScratchDQN("MlpPolicy", stacked, replay_buffer_kwargs={"frames": False}, **settings).learn(10)
     ScratchDQN("MlpPolicy", "CartPole-v1", buffer_size=100_000, learning_starts=1000).learn(10)  # fits
 
@@ -390,6 +390,6 @@ def test_a_window_is_never_longer_than_the_buffer():
     model = ScratchDQN("MlpPolicy", "CartPole-v1", n_steps=10**9, buffer_size=1000, learning_starts=0, seed=0)
     begin = time.perf_counter()
     model.learn(200)
-    assert time.perf_counter() - begin < 10, "it asked for 238 GiB before, and 100,000 steps took 5 s"
+    assert time.perf_counter() - begin < 10, "windows of n_steps would take 238 GiB; 100,000 steps take 5 s"
     returns = model.replay_buffer.sample_batch(32).returns
     assert returns.max() > 5

@@ -182,11 +182,11 @@ def test_a_buffer_without_masks_raises():
             return np.ones(4, dtype=bool)
 
     settings = {"policy": "MultiInputPolicy", "replay_buffer_class": HerReplayBuffer}
-    with pytest.raises(ValueError, match="replay_buffer_class=HerReplayBuffer keeps no action masks"):
+    with pytest.raises(ValueError, match="replay_buffer_class=HerReplayBuffer does not support action masks"):
         ScratchDQN(env=MaskedGoals(n_bits=4, continuous=False), **settings)
     model = ScratchDQN(env=BitFlippingEnv(n_bits=4, continuous=False), **settings)
     model.set_env(MaskedGoals(n_bits=4, continuous=False))
-    with pytest.raises(ValueError, match="replay_buffer_class=HerReplayBuffer samples no action masks"):
+    with pytest.raises(ValueError, match="replay_buffer_class=HerReplayBuffer does not support action masks"):
         model.learn(10)
 
 
@@ -195,7 +195,7 @@ def test_a_buffer_that_overrides_sample_raises():
         def sample(self, batch_size, env=None):
             return super().sample(batch_size, env)
 
-    with pytest.raises(ValueError, match="replay_buffer_class=CustomSample samples no action masks, but env has them"):
+    with pytest.raises(ValueError, match="replay_buffer_class=CustomSample does not support action masks, but env has"):
         ScratchDQN("MlpPolicy", MaskedEnv(), replay_buffer_class=CustomSample).learn(10)
     model = ScratchDQN(
         "MlpPolicy", TimeoutEnv(), replay_buffer_class=CustomSample, replay_buffer_kwargs={"prioritized": True}

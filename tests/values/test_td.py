@@ -32,7 +32,7 @@ class LinearNetwork:
     def __call__(self, obs):
         return self.head.q_values(self.outputs(obs))
 
-    evaluate = __call__
+    eval_q_values = __call__
 
 
 def make_batch(size, observation_dim, seed, dtype=th.float32, masks=False):

@@ -131,8 +131,9 @@ def _write_verdicts(document: Document, comparison: Comparison) -> None:
     document.paragraph(
         "The verdicts are those of a two-sided permutation test. Its statistic is the probability of improvement (that "
         "a run scores higher than a run of the reference) over its standard error. No difference does not mean that "
-        "the algorithms are equal. Of comparisons of equal algorithms, about one in 20 shows a difference by chance; "
-        f"there are {len(sentences)} comparisons here."
+        "the algorithms are equal. If two algorithms have the same distribution of returns, whatever its shape, the "
+        "test reports a difference in at most 5% of cases. If they differ only in spread, the rate is only slightly "
+        f"higher with five or more runs each. There are {len(sentences)} comparisons here."
     )
 
 

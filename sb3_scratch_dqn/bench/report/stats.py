@@ -6,9 +6,9 @@ each task are resampled separately. All random numbers come from a generator wit
 the same results.
 
 Overlapping intervals do not decide whether one algorithm is better than another, because intervals of a handful of runs
-are too narrow. A permutation test does (:func:`compare`): if the runs of two algorithms have equal distributions, of
-any shape, at most 5% of comparisons call one of them better. If only the spread differs, hardly more than that do, with
-five or more runs.
+are too narrow. The permutation test of :func:`compare` does. If two algorithms have the same distribution of scores,
+whatever its shape, the test reports a difference in at most 5% of cases. If they differ only in spread, the rate is
+only slightly higher with five or more runs each.
 """
 
 from collections.abc import Callable, Sequence

@@ -151,7 +151,7 @@ def memory(n_images: int) -> str:
         sizes[name] = sum(array.nbytes for array in _arrays(buffer)) / n_images
     reference = sizes["SB3 `ReplayBuffer`"]
     rows = [[name, f"{size:,.0f}", f"1/{reference / size:.2f}"] for name, size in sizes.items()]
-    return table(["Atari, 4 frames of 84x84, episodes of 200 steps", "bytes a transition", "of SB3's"], rows)
+    return table(["Atari, 4 frames of 84x84, episodes of 200 steps", "bytes per transition", "of SB3's"], rows)
 
 
 def _arrays(buffer: ReplayBuffer) -> list[np.ndarray[Any, Any]]:

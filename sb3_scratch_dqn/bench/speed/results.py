@@ -19,8 +19,8 @@ _FILE_FORMAT = 1
 class Round(NamedTuple):
     """One measurement, in seconds.
 
-    :param learning: of ``learn()`` for the steps of the case
-    :param updating: of one update
+    :param learning: seconds of ``learn()`` for the steps of the case
+    :param updating: seconds of one update
     """
 
     learning: float

@@ -8,7 +8,7 @@ graph's private memory pool and must not be kept outside of it. Python code runs
 Before capture, a function must run a few times, which initialises libraries and memory. These warm-up runs and the
 capture leave state and random numbers unchanged (:meth:`GraphCapturer._preserve_state`).
 
-On other devices, a function is its own replay.
+On other devices nothing is captured, and ``capture()`` returns the function itself.
 """
 
 import random
@@ -27,7 +27,7 @@ State = Callable[[], Iterable[th.Tensor]]
 
 
 class CaptureError(RuntimeError):
-    """A function synchronises with the device, or does something else that a graph cannot contain."""
+    """Raised if a function cannot be captured, for example because it synchronises with the device."""
 
 
 class GraphCapturer:

@@ -1,6 +1,6 @@
 """The CUDA graph engine: whole updates as single launches.
 
-On a GPU the time of small networks is kernel launches, not arithmetic: an update of the eager engine launches hundreds
+With small networks, a GPU spends most of an update launching kernels: an update of the eager engine launches hundreds
 of kernels and waits for the device in between. Here an update is captured once
 (:mod:`sb3_scratch_dqn.engines.cuda.capture`) and replayed from then on, several updates in one launch: batch, targets,
 loss, gradients, clipping, Adam, priorities. A copy of the replay buffer is on the device
@@ -8,9 +8,9 @@ loss, gradients, clipping, Adam, priorities. A copy of the replay buffer is on t
 that may change (learning rate, maximum norm, ``beta`` ...) to tensors, and waits once, for the losses. Actions and
 updates of the target network are captured likewise.
 
-The mathematics are the same functions as in the other engines. Python code in networks runs once, during capture, and
-its decisions are permanent. So a new engine must be created when something is modified that a graph does not read
-(:meth:`CudaGraphEngine.is_stale`).
+Targets and losses are computed by :func:`sb3_scratch_dqn.values.td.td_losses`. Python code in networks runs once,
+during capture, and its decisions are permanent. So a new engine must be created when something is modified that a graph
+does not read (:meth:`CudaGraphEngine.is_stale`).
 """
 
 import warnings
@@ -28,6 +28,7 @@ from sb3_scratch_dqn.engines.cuda.capture import CaptureError, DeviceScalar, Fun
 from sb3_scratch_dqn.engines.cuda.feeds import UPDATES_PER_TRANSFER, DeviceFeed, Feed, HostFeed, raise_if_diverged
 from sb3_scratch_dqn.engines.cuda.optimizer import CapturableOptimizer, capturable_unsupported_reason
 from sb3_scratch_dqn.engines.eager import EagerEngine
+from sb3_scratch_dqn.engines.last_update import LastUpdate
 from sb3_scratch_dqn.engines.modifications import (
     PolicySnapshot,
     hooks_reason,
@@ -35,7 +36,6 @@ from sb3_scratch_dqn.engines.modifications import (
     torch_mode_reason,
     unknown_type_reason,
 )
-from sb3_scratch_dqn.engines.update import LastUpdate
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.networks.q_network import QNetwork
 from sb3_scratch_dqn.replay import BatchSource

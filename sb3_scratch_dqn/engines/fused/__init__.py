@@ -1,11 +1,11 @@
 """Updates on the CPU in few calls.
 
-- ``engine``: gradients by hand, for networks of linear layers; ``support``: which policies that is possible for
+- ``engine``: hand-derived gradients, for networks of linear layers; ``requirements``: for which policies
 - ``dense``: forward and backward pass of linear layers
 - ``products``: the fastest matrix products
-- ``learners``: targets, losses and their gradients at the outputs
+- ``loss_gradients``: targets, losses and their gradients at the outputs
 - ``flat``: parameters, gradients and Adam's state as flat tensors
-- ``autograd``: gradients by autograd, for all other networks
+- ``autograd``: autograd with fused Adam, for all other networks
 """
 
 from sb3_scratch_dqn.engines.fused.autograd import FusedAutogradEngine

@@ -94,7 +94,7 @@ class Noise:
         self.weight, self.bias = empty(n_outputs, n_inputs), empty(n_outputs)
         drawn, scaled = empty(n_outputs + n_inputs), empty(n_outputs + n_inputs)
         self.outputs, self.inputs = scaled.array[:n_outputs], scaled.array[n_outputs:]
-        self.draw_calls: list[Call] = [  # the numbers that NoisyLinear.draw_noise() draws
+        self.draw_calls: list[Call] = [  # the numbers that NoisyLinear.sample_parameters() draws
             (drawn.tensor.normal_, ()),
             (np.abs, (drawn.array, scaled.array)),
             (np.sqrt, (scaled.array, scaled.array)),

@@ -3,8 +3,8 @@
 Most of the time of an update in PyTorch is overhead of calls. This engine computes the same numbers, up to rounding, in
 as few calls as possible:
 
-- forward and backward passes by hand (:mod:`sb3_scratch_dqn.engines.fused.dense`), and the gradient of the loss
-  (:mod:`sb3_scratch_dqn.engines.fused.learners`);
+- hand-derived gradients: of the layers (:mod:`sb3_scratch_dqn.engines.fused.dense`), and of the loss
+  (:mod:`sb3_scratch_dqn.engines.fused.loss_gradients`);
 - parameters, gradients and Adam's state in one flat tensor each (:mod:`sb3_scratch_dqn.engines.fused.flat`);
 - mini-batches and targets of several gradient steps in one call, since the target network does not change in between.
 """
@@ -18,10 +18,10 @@ import torch as th
 
 from sb3_scratch_dqn.engines.fused.dense import DenseNetwork
 from sb3_scratch_dqn.engines.fused.flat import FlatParameters
-from sb3_scratch_dqn.engines.fused.learners import Learner, make_learner, make_preprocessor
-from sb3_scratch_dqn.engines.fused.support import dense_unsupported_reason
+from sb3_scratch_dqn.engines.fused.loss_gradients import LossGradient, make_loss_gradient, make_preprocessor
+from sb3_scratch_dqn.engines.fused.requirements import dense_unsupported_reason
+from sb3_scratch_dqn.engines.last_update import LastUpdate
 from sb3_scratch_dqn.engines.modifications import torch_mode_reason
-from sb3_scratch_dqn.engines.update import LastUpdate
 from sb3_scratch_dqn.networks.policies import DQNPolicy
 from sb3_scratch_dqn.replay import ArrayBatch, BatchSource
 from sb3_scratch_dqn.values.td import Objective
@@ -57,7 +57,10 @@ class FusedEngine:
         return dense_unsupported_reason(policy)
 
     def attach(self) -> None:
-        """Move parameters into flat storage, once. Call before anyone stores a view of a parameter."""
+        """Move parameters into flat storage, once.
+
+        Call it before code keeps views of parameters: moving a parameter makes earlier views stale.
+        """
         if self._flat is not None:
             return
         policy = self.policy
@@ -65,7 +68,9 @@ class FusedEngine:
         self._online = DenseNetwork(list(policy.q_net.q_net), trains=True)
         self._target = DenseNetwork(list(policy.q_net_target.q_net), trains=False)
         self._preprocess = make_preprocessor(policy)
-        self._learner: Learner = make_learner(self._online, self._target, self._preprocess, policy.head, self.objective)
+        self._loss_gradient: LossGradient = make_loss_gradient(
+            self._online, self._target, self._preprocess, policy.head, self.objective
+        )
         self._flat = flat
 
     def is_stale(self) -> bool:
@@ -100,18 +105,18 @@ class FusedEngine:
                     if not can_prefetch:
                         source.update_priorities(batches, priorities)
         if losses:
-            self.last_update = LastUpdate(self.policy.head, *self._learner.last_prediction(), self._grad_norm)
+            self.last_update = LastUpdate(self.policy.head, *self._loss_gradient.last_prediction(), self._grad_norm)
         return losses
 
     def _updates(self, batches: ArrayBatch, n_batches: int, max_grad_norm: float) -> Iterator[tuple[float, th.Tensor]]:
         """Take a step for each mini-batch; yield its loss, and the priorities of its transitions."""
-        flat, learner, rows = self._flat, self._learner, len(batches.actions)
+        flat, loss_gradient, rows = self._flat, self._loss_gradient, len(batches.actions)
         assert flat is not None
         self._online.draw_noise(rows, trains=True)
         self._target.draw_noise(rows, trains=False)
-        learner.prepare(batches, n_batches)
+        loss_gradient.prepare(batches, n_batches)
         for index in range(n_batches):
-            loss_and_priorities = learner.backward(index)
+            loss_and_priorities = loss_gradient.backward(index)
             self._grad_norm = self._clip_gradient(max_grad_norm)
             flat.adam_step()
             yield loss_and_priorities
@@ -139,7 +144,7 @@ class FusedEngine:
             if online.noisy:
                 online.draw_noise(len(inputs), trains=False)
             # All rows: allocating a pass for another number of rows takes longer than computing the few extra rows
-            actions = self._learner.greedy_actions(online.pass_for(len(inputs), online.noisy).forward(inputs))
+            actions = self._loss_gradient.greedy_actions(online.pass_for(len(inputs), online.noisy).forward(inputs))
         return actions if envs is None else actions[envs]
 
     def update_target(self, tau: float) -> None:

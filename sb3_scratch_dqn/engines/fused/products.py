@@ -1,7 +1,7 @@
 """Matrix products: which library computes one fastest.
 
-The time of small products is the overhead of a call, which is smallest in NumPy. Larger products go to PyTorch, whose
-number of threads the user sets. There oneDNN may be faster or slower than ``torch.mm``, depending on the processor;
+Small products are dominated by call overhead, which is lowest in NumPy. Larger products go to PyTorch, whose number of
+threads the user sets. There oneDNN may be faster or slower than ``torch.mm``, depending on the processor;
 both are timed once per shape, and oneDNN is used where it is clearly faster. That choice changes results by rounding
 only; ``torch.use_deterministic_algorithms(True)`` excludes oneDNN.
 

@@ -117,7 +117,7 @@ class DeviceReplay:
         ring, n_envs = self._ring, self.n_envs
         rows = indices if n_envs == 1 else indices // n_envs
         envs = th.zeros_like(indices) if n_envs == 1 else indices % n_envs
-        last_rows, last, returns, steps = self._fold(rows, envs, indices)
+        last_rows, last, returns, steps = self._n_step_returns(rows, envs, indices)
         terminated = ring.read("dones", last) * (1 - ring.read("timeouts", last))
         masked = "action_masks" in ring.columns
         return Batch(
@@ -131,10 +131,10 @@ class DeviceReplay:
             ring.read("next_action_masks", last) if masked else None,
         )
 
-    def _fold(
+    def _n_step_returns(
         self, rows: th.Tensor, envs: th.Tensor, indices: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-        """Compute windows of steps as :mod:`sb3_scratch_dqn.replay.nstep`.
+        """Compute n-step returns as :mod:`sb3_scratch_dqn.replay.nstep` does.
 
         :return: rows and flat indices of the last steps, discounted sums of rewards, and window lengths, each ``(B,)``
         """

@@ -1,9 +1,8 @@
 """Priorities on another device, where updates sample by them and set them without the host.
 
 :class:`DeviceSumTree` is the counterpart of :class:`~sb3_scratch_dqn.replay.sum_tree.SumTree`. Given the same values
-and fractions it finds the same indices, except that rounding may choose the neighbour of a value whose boundary a
-fraction hits within rounding error. No shape depends on values and nothing waits for the host, so that a CUDA graph can
-capture it.
+and fractions it finds the same indices, except where a fraction lies within rounding error of the boundary between two
+values. No shape depends on values and nothing waits for the host, so that a CUDA graph can capture it.
 """
 
 from collections.abc import Callable

@@ -17,7 +17,9 @@ _EPISODES = 10
 
 
 class SupportMonitor:
-    """Compute the discounted returns of all steps, and warn once if some are outside of the support.
+    """Compute the discounted returns of all steps, and warn once if they leave the support.
+
+    It warns after 10 episodes with returns that exceed the support by more than half the distance of two atoms.
 
     :param head: the head whose support is checked
     :param n_envs: number of environments
@@ -48,7 +50,7 @@ class SupportMonitor:
 
     def _end_episode(self, rewards: list[float], gamma: float) -> None:
         """Compute the return of each step of an episode; those of a truncated episode are incomplete."""
-        lowest = highest = value = 0.0
+        lowest, highest, value = math.inf, -math.inf, 0.0
         for reward in reversed(rewards):
             value = reward + gamma * value
             lowest, highest = min(lowest, value), max(highest, value)

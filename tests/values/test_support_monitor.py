@@ -9,7 +9,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_scratch_dqn import ScratchDQN
 from sb3_scratch_dqn.values.heads import CategoricalHead
-from sb3_scratch_dqn.values.support import SupportMonitor, _round_down
+from sb3_scratch_dqn.values.support_monitor import SupportMonitor, _round_down
 
 SETTINGS = {"learning_starts": 10, "batch_size": 8, "buffer_size": 500, "seed": 0}
 
@@ -35,17 +35,23 @@ def c51(v_min, v_max, reward, n_envs=1, **settings):
     )
 
 
+def run_episodes(monitor, rewards, n_episodes):
+    for _ in range(n_episodes):
+        for step, reward in enumerate(rewards, 1):
+            monitor.step(np.array([reward]), np.array([step == len(rewards)]), gamma=1.0)
+
+
 @pytest.mark.parametrize(("n_envs", "engine"), [(1, "auto"), (1, "eager"), (3, "auto")])
 @pytest.mark.parametrize(
     ("v_min", "v_max", "reward", "message"),
     [
         # The sum of 0.9**t over 20 steps is 8.784
-        (-10, 5, 1.0, r"were 0 to 8.784 .*dict\(v_min=-10, v_max=8.8\) would contain .* between v_min=0 and v_max=10$"),
+        (-10, 5, 1.0, r"were 1 to 8.784 .*dict\(v_min=-10, v_max=8.8\) would contain .* between v_min=0 and v_max=10$"),
         (
             -5,
             10,
             -2.0,
-            r"were -17.57 to 0 .*dict\(v_min=-18, v_max=10\) would contain .* between v_min=-20 and v_max=0$",
+            r"were -17.57 to -2 .*dict\(v_min=-18, v_max=10\) would contain .* between v_min=-20 and v_max=0$",
         ),
     ],
 )
@@ -63,6 +69,26 @@ def test_the_warning_appears_once(v_min, v_max, reward, message, n_envs, engine)
 @pytest.mark.parametrize(("v_min", "v_max", "reward"), [(0, 8.8, 1.0), (0, 100, 1.0), (-18, 0, -2.0), (-1, 0.05, 0.0)])
 def test_a_support_that_contains_the_returns_causes_no_warning(v_min, v_max, reward):
     c51(v_min, v_max, reward, gamma=0.9).learn(600)
+
+
+@pytest.mark.parametrize(
+    ("v_min", "v_max", "rewards", "message"),
+    [
+        (-10, 10, [50, 50], r"were 50 to 100 .*dict\(v_min=-10, v_max=100\) would contain them$"),
+        (-10, 10, [-50, -50], r"were -100 to -50 .*dict\(v_min=-100, v_max=10\) would contain them$"),
+        (60, 70, [50, 50], r"were 50 to 100 .*dict\(v_min=50, v_max=100\) would contain them$"),
+    ],
+)
+def test_the_warning_reports_the_range_of_the_returns(v_min, v_max, rewards, message):
+    monitor = SupportMonitor(CategoricalHead(v_min=v_min, v_max=v_max), 1)
+    with pytest.warns(UserWarning, match=message):
+        run_episodes(monitor, rewards, n_episodes=10)
+
+
+def test_a_support_without_zero_may_contain_the_returns():
+    monitor = SupportMonitor(CategoricalHead(v_min=50, v_max=100), 1)
+    run_episodes(monitor, [50, 50], n_episodes=20)
+    assert monitor._episodes_outside == 0
 
 
 def test_without_discount_returns_have_no_bounds():

@@ -1,6 +1,6 @@
 r"""Targets, losses, and the gradient at the network's outputs, for the fused CPU engine.
 
-The gradient for the expected head is derived by hand. With :math:`\delta_i = Q(s_i, a_i) - y_i`, importance weights
+The gradient for the expected head is hand-derived. With :math:`\delta_i = Q(s_i, a_i) - y_i`, importance weights
 :math:`w_i` and ``B`` samples, the loss :math:`\frac{1}{B} \sum_i w_i L(\delta_i)` has the gradient
 :math:`\frac{1}{B} w_i L'(\delta_i)` at the action taken and 0 at the others, where :math:`L'(\delta)` is :math:`\delta`
 clipped to [-1, 1] for Huber's loss and :math:`2 \delta` for the squared error. For other heads autograd computes it,
@@ -79,8 +79,8 @@ def _flat_preprocessor(space: spaces.Space[Any], normalize: bool) -> Preprocesso
     return preprocess
 
 
-class Learner(Protocol):
-    """Computes the gradients of the parameters."""
+class LossGradient(Protocol):
+    """Computes the loss of a mini-batch, and its gradient with respect to the parameters."""
 
     def prepare(self, batches: ArrayBatch, n_batches: int) -> None:
         """Set the next mini-batches, and compute what does not depend on the online network.
@@ -104,7 +104,7 @@ class Learner(Protocol):
 
 
 class _Workspace(NamedTuple):
-    """Memory of :class:`_ExpectedLearner` for mini-batches of one size."""
+    """Memory of :class:`_ExpectedLossGradient` for mini-batches of one size."""
 
     row_begins: npt.NDArray[np.int64]  # index of the first output of each row
     predicted: Floats
@@ -112,8 +112,8 @@ class _Workspace(NamedTuple):
     derivative: Floats
 
 
-class _ExpectedLearner:
-    """Greedy targets and the expected head, by hand.
+class _ExpectedLossGradient:
+    """Hand-derived gradients for greedy targets and the expected head.
 
     :param online: online network
     :param target: target network
@@ -214,13 +214,13 @@ class _NetworkForTargets:
         """Observations and their :meth:`target_outputs` -> action values, ``(B, A)``."""
         return self._head.q_values(target_outputs)
 
-    def evaluate(self, obs: PyTorchObs) -> th.Tensor:
+    def eval_q_values(self, obs: PyTorchObs) -> th.Tensor:
         """Observations -> action values, ``(B, A)``."""
         return self._head.q_values(self.target_outputs(obs))
 
 
-class _HeadLearner:
-    """Any targets and heads, with the gradient of the loss by autograd; parameters as in :class:`_ExpectedLearner`."""
+class _AutogradLossGradient:
+    """Gradients of the loss by autograd, for any target and head; parameters as in :class:`_ExpectedLossGradient`."""
 
     def __init__(
         self,
@@ -272,10 +272,10 @@ class _HeadLearner:
         return self._head.q_values(th.from_numpy(outputs).view(self._view)).argmax(dim=1).numpy()
 
 
-def make_learner(
+def make_loss_gradient(
     online: DenseNetwork, target: DenseNetwork, preprocess: Preprocessor, head: ValueHead, objective: Objective
-) -> Learner:
-    """Return the learner for this head and objective.
+) -> LossGradient:
+    """Create the loss gradient for this head and objective.
 
     :param online: online network
     :param target: target network
@@ -283,6 +283,7 @@ def make_learner(
     :param head: interprets the outputs of both networks
     :param objective: what the network learns
     """
-    by_hand = type(head) is ExpectedHead and objective.munchausen is None and objective.loss in _DERIVATIVES_AND_LOSSES
-    learner = _ExpectedLearner if by_hand else _HeadLearner
-    return learner(online, target, preprocess, head, objective)
+    is_greedy_expected = type(head) is ExpectedHead and objective.munchausen is None
+    hand_derived = is_greedy_expected and objective.loss in _DERIVATIVES_AND_LOSSES
+    loss_gradient_class = _ExpectedLossGradient if hand_derived else _AutogradLossGradient
+    return loss_gradient_class(online, target, preprocess, head, objective)

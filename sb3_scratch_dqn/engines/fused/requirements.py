@@ -22,7 +22,7 @@ from sb3_scratch_dqn.networks.q_network import DuelingStreams, QNetwork
 
 
 def dense_unsupported_reason(policy: DQNPolicy) -> str | None:
-    """Return why gradients of a policy cannot be computed by hand, or ``None`` if they can.
+    """Return why hand-derived gradients do not support a policy, or ``None`` if they do.
 
     :param policy: the policy, with its networks and its optimiser
     """

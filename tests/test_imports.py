@@ -1,7 +1,4 @@
-"""Imports between the rooms of the package go down, and no files import each other in a circle.
-
-The rooms, from the top: each may import those below it, and never one above. Imports for types alone count too.
-"""
+"""Each subpackage imports only those below it, and there are no circular imports. Imports for types alone count too."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -12,7 +9,7 @@ import pytest
 import sb3_scratch_dqn
 
 ROOT = Path(sb3_scratch_dqn.__file__).parent
-ROOMS = ("bench", "zoo", "algorithm", "engines", "networks", "values", "replay", "common")
+SUBPACKAGES = ("bench", "zoo", "algorithm", "engines", "networks", "values", "replay", "common")
 
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -57,18 +54,22 @@ def imports(path, for_types=True):
                 yield alias.name, node in tree.body
 
 
-def test_the_package_is_its_rooms():
+def test_the_package_is_its_subpackages():
     found = {path.name for path in ROOT.iterdir() if path.name not in ("__pycache__", "hyperparams")}
-    assert found == {*ROOMS, "__init__.py", "py.typed"}
+    assert found == {*SUBPACKAGES, "__init__.py", "py.typed"}
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_rooms_below_it(room):
-    below = ROOMS[ROOMS.index(room) :]
-    for path in (ROOT / room).rglob("*.py"):
-        for name, _ in imports(path):
-            if name.startswith("sb3_scratch_dqn."):
-                assert name.split(".")[1] in below, f"{path} imports {name}"
+def test_tests_lie_in_folders_of_the_same_names():
+    assert {*SUBPACKAGES} <= {path.name for path in Path(__file__).parent.iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize("name", SUBPACKAGES)
+def test_a_subpackage_imports_only_those_below_it(name):
+    below = SUBPACKAGES[SUBPACKAGES.index(name) :]
+    for path in (ROOT / name).rglob("*.py"):
+        for imported, _ in imports(path):
+            if imported.startswith("sb3_scratch_dqn."):
+                assert imported.split(".")[1] in below, f"{path} imports {imported}"
 
 
 def test_no_files_import_each_other_in_a_circle():
@@ -79,9 +80,9 @@ def test_no_files_import_each_other_in_a_circle():
         pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_says_what_it_is_for(room):
-    assert ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text()))
+@pytest.mark.parametrize("name", SUBPACKAGES)
+def test_a_subpackage_says_what_it_is_for(name):
+    assert ast.get_docstring(ast.parse((ROOT / name / "__init__.py").read_text()))
 
 
 def test_only_conversion_and_benchmark_import_dqn_of_sb3_and_only_where_they_use_it():
