@@ -8,10 +8,9 @@ The class is a chain of classes, each of which adds one job:
 - ``acting.EpsilonGreedyAlgorithm``: actions; ``exploration`` has epsilon and its schedules
 - ``rollout.RolloutAlgorithm``: steps of the environments; ``finite`` checks them for NaN, ``subprocesses`` detects
   environment processes that have ended
-- ``updates.GradientStepAlgorithm``: gradient steps, by an engine
-- ``learning.LearningAlgorithm``: ``learn()``, and ``learn_offline()`` with ``offline``; ``target_sync`` says when the
-target
-  network is updated
+- ``gradient_steps.GradientStepAlgorithm``: gradient steps, by an engine
+- ``learning.LearningAlgorithm``: ``learn()``, and ``learn_offline()`` with ``offline``; ``target_sync`` decides when
+  the target network is updated
 - ``dqn.ScratchDQN``: the constructor; ``conversion`` from and to SB3's DQN
 """
 

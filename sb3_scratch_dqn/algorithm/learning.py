@@ -10,11 +10,11 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import configure_logger
 
 from sb3_scratch_dqn.algorithm import offline
+from sb3_scratch_dqn.algorithm.gradient_steps import GradientStepAlgorithm
 from sb3_scratch_dqn.algorithm.replay_setup import warn_of_memory
 from sb3_scratch_dqn.algorithm.settings import enabled_extras
 from sb3_scratch_dqn.algorithm.subprocesses import PIPE_ERRORS, close_pipes_of_ended_processes, find_ended_process
 from sb3_scratch_dqn.algorithm.target_sync import sync_is_due
-from sb3_scratch_dqn.algorithm.updates import GradientStepAlgorithm
 from sb3_scratch_dqn.common import check_training, checks
 from sb3_scratch_dqn.common.interrupts import Interrupts
 from sb3_scratch_dqn.replay import check_sampling

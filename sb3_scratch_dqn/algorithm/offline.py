@@ -6,8 +6,8 @@ from typing import Any
 from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.type_aliases import MaybeCallback, TrainFreq, TrainFrequencyUnit
 
+from sb3_scratch_dqn.algorithm.gradient_steps import GradientStepAlgorithm
 from sb3_scratch_dqn.algorithm.rollout import is_noop
-from sb3_scratch_dqn.algorithm.updates import GradientStepAlgorithm
 from sb3_scratch_dqn.common import checks
 
 # Gradient steps per call of train() without a callback: enough for engines that sample several batches at once

@@ -21,7 +21,7 @@ from sb3_scratch_dqn.replay import BatchSource
 from sb3_scratch_dqn.replay.observations import map_observation
 from sb3_scratch_dqn.values.heads import ExpectedHead, ValueHead
 from sb3_scratch_dqn.values.losses import Loss, huber, squared
-from sb3_scratch_dqn.values.td import Objective, make_target, predict
+from sb3_scratch_dqn.values.td import Objective, make_target, predict, td_losses
 
 # Mini-batches sampled in one call, which share its fixed cost: more than 16 save hardly any time
 _MAX_PREFETCHED_BATCHES = 16
@@ -164,12 +164,12 @@ class EagerEngine:
             n_batches = min(n_prefetched, gradient_steps - begin)
             for batch in source.sample(n_batches).split(n_batches):
                 with policy.noise():
-                    outputs, target = predict(batch, online.outputs, target_fn)
-                if source.weighted:
-                    sample_losses, priorities = policy.head.losses(outputs, target, self.objective.loss)
-                    loss = (batch.weights * sample_losses).mean()
-                else:
-                    loss = mean_loss(outputs, target, policy.head, self.objective.loss)
+                    if source.weighted:
+                        td = td_losses(batch, online.outputs, target_fn, policy.head, self.objective.loss)
+                        outputs, target, loss = td.outputs, td.target, (batch.weights * td.losses).mean()
+                    else:  # the same in fewer operations
+                        outputs, target = predict(batch, online.outputs, target_fn)
+                        loss = mean_loss(outputs, target, policy.head, self.objective.loss)
                 losses.append(loss.detach())
 
                 policy.optimizer.zero_grad()
@@ -177,7 +177,7 @@ class EagerEngine:
                 grad_norm = clip_gradients(parameters, max_grad_norm)
                 self._step(parameters[0].is_cpu)
                 if source.weighted:
-                    source.update_priorities(batch, priorities)
+                    source.update_priorities(batch, td.priorities)
                 self.last_update = LastUpdate(policy.head, outputs.detach(), target, grad_norm)
         if len(losses) == 1:
             return [losses[0].item()]

@@ -1,4 +1,9 @@
-"""How observations become outputs ``(B, A, K)``: Q-networks, noisy layers, and the policies that hold them."""
+"""How observations become outputs ``(B, A, K)``.
+
+- ``q_network``: features, hidden layers, dueling streams; ``implicit``: the network of IQN; ``noisy``: noisy layers
+- ``policies``: online network, target network and optimiser
+- ``adapter``: other modules in the place of a Q-network
+"""
 
 from sb3_scratch_dqn.networks.adapter import ForwardNetwork, as_q_network
 from sb3_scratch_dqn.networks.implicit import ImplicitQNetwork, network_class

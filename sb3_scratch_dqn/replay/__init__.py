@@ -1,4 +1,12 @@
-"""Stores transitions, samples mini-batches of them, and reads and writes them as files."""
+"""Stores transitions, samples mini-batches of them, and reads and writes them as files.
+
+- ``buffer``: the replay buffer; ``stores`` holds its columns, ``observations`` the observations
+- ``frames``: stacked observations, each frame stored once; ``frame_layout`` and ``frame_pool`` are its parts
+- ``samplers``: which transitions are sampled, uniformly or by priority (``sum_tree``); ``sampler_interface`` for others
+- ``nstep``: n-step returns; ``batch``: what an update gets; ``source``: where engines get it, from any buffer
+- ``archive``: files; ``prefill``: transitions from other sources; ``sb3_buffers``: copies from and to SB3's buffers
+- ``device``: a copy on a GPU
+"""
 
 from sb3_scratch_dqn.replay.archive import is_replay_archive, read_replay_archive, write_replay_buffer
 from sb3_scratch_dqn.replay.batch import ArrayBatch, Batch

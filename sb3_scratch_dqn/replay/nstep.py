@@ -32,7 +32,8 @@ class NStepReturns(NamedTuple):
     :param last_rows: row of the last step of each window, ``(B,)``
     :param returns: discounted sum of the rewards, ``(B,)``
     :param discounts: ``gamma**k``, ``k`` the length of the window, ``(B,)``; a scalar if all windows have one step
-    :param terminated: 1 where the window ends in a terminal state, 0 elsewhere (also at truncations), ``(B,)``
+    :param terminated: 1 where the window ends in a terminal state, 0 elsewhere, ``(B,)``; truncations are
+        terminal only with ``handle_timeout_termination=False``
     """
 
     last_rows: Array

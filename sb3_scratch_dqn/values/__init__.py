@@ -1,4 +1,10 @@
-"""How network outputs are interpreted and which targets they learn: heads, losses, TD targets, action masks."""
+"""How network outputs are interpreted and which targets they learn.
+
+- ``heads``: what the outputs of an action mean, and their losses; ``losses``: the elementwise ones
+- ``td``: targets, and the TD losses of a batch
+- ``masks``: action masks
+- ``support_monitor``: warns if the support of C51 does not contain the returns
+"""
 
 from sb3_scratch_dqn.values.heads import (
     HEADS,

@@ -1,8 +1,8 @@
 r"""Heads: how to interpret network outputs.
 
 A network returns ``(B, A, K)`` outputs: ``K`` for each of ``A`` actions in each of ``B`` states. A head defines what
-they are, the action values that follow from them, and the loss between a prediction and its target. The Bellman
-update in :mod:`sb3_scratch_dqn.values.td` uses nothing else.
+they are, the action values that follow from them, and the loss between a prediction and its target. Engines,
+networks and the Bellman update in :mod:`sb3_scratch_dqn.values.td` use nothing else of a head.
 
 ====================  =======================================================  =======================
 head                  the ``K`` outputs of an action                           loss

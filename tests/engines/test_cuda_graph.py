@@ -48,7 +48,7 @@ pytestmark = [
 @pytest.mark.parametrize("name", CASES)
 def test_fifty_updates_match_the_eager_engine(name, monkeypatch):
     # last_update is read below
-    monkeypatch.setattr("sb3_scratch_dqn.algorithm.updates._UPDATES_BETWEEN_METRICS", 10**9)
+    monkeypatch.setattr("sb3_scratch_dqn.algorithm.gradient_steps._UPDATES_BETWEEN_METRICS", 10**9)
     updates = 12 if "images" in name or "frames" in name else 48
     gradient_steps = GRADIENT_STEPS[name]
     eager, eager_states = learned(name, "eager", gradient_steps, updates=updates)
