@@ -23,9 +23,11 @@ from sb3_scratch_dqn.values.heads import ExpectedHead, ValueHead
 from sb3_scratch_dqn.values.losses import Loss, huber, squared
 from sb3_scratch_dqn.values.td import Objective, make_target, predict, td_losses
 
-# Mini-batches sampled in one call, which share its fixed cost: more than 16 save hardly any time
+# Mini-batches sampled in one call, which share its fixed cost. Measured for batches of 64: 155 us per batch for one, 59
+# for 16, 53 for 32
 _MAX_PREFETCHED_BATCHES = 16
-# Bytes of observations and next observations sampled in one call: with more, each mini-batch takes longer
+# Bytes of observations and next observations sampled in one call: measured for batches of 1 MiB, 4 in one call take 0.8
+# of the time, and more take no less; of images (1.7 MiB), each takes 1.1 to 1.4 of the time as soon as there are 2
 _MAX_PREFETCHED_BYTES = 2**22
 
 

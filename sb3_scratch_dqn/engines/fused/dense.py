@@ -40,14 +40,18 @@ ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 _ONE = np.float32(1)
 
 # Elements up to which NumPy computes ReLU and its gradient: its calls have less overhead than PyTorch's, whose loops
-# over the elements are faster
+# over the elements are faster. Measured, NumPy takes 0.7 of PyTorch's time for 2,048 elements, 0.9 for 4,096 and 1.1
+# for 8,192 (this and the other figures of the fused engine: one thread of an AMD EPYC, Zen 3)
 _NUMPY_RELU_MAX_SIZE = 4096
 
 # Rows up to which noise is added to the outputs of a layer, with a second product of that many rows, instead of to its
-# weights, which takes the same time for any number of rows
+# weights, which takes the same time for any number of rows. Measured for 256 x 256, it takes 0.4 of that time with 1
+# row, 0.9 with 8, 1.1 with 16 and 1.3 with 32; for 64 x 64, 0.9, 1.1, 1.1 and 1.3
 _OUTPUT_NOISE_MAX_ROWS = 16
 
-# Passes that a network keeps, one per number of rows: training and acting need few, and each has memory of its own
+# Passes that a network keeps, one per number of rows: training and acting need few, and each has memory of its own, 0.3
+# MiB for 128 rows of 256 x 256 and 2 MiB for 1,024. To create one takes as long as two forward passes of 32 rows of 64
+# x 64
 _MAX_PASSES = 16
 
 

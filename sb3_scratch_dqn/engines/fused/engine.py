@@ -27,9 +27,11 @@ from sb3_scratch_dqn.replay import ArrayBatch, BatchSource
 from sb3_scratch_dqn.values.td import Objective
 
 # Transitions whose targets are computed in one pass: enough rows to make the overhead of calls small, few enough for
-# the activations of a layer to fit the caches
+# the activations of a layer to fit the caches. Measured for 8 inputs and 256 x 256: 3.8 us per row in passes of 128
+# rows, 2.0 in passes of 1,024, 2.7 in passes of 8,192
 _MAX_TARGET_ROWS = 1024
-# Bytes of their observations as float32, for the same reason
+# Bytes of their observations as float32, for the same reason. Measured for 1,024 inputs: 12.4 us per row with 0.5 MiB,
+# 9.5 with 4 MiB, 10.6 with 32 MiB
 _MAX_TARGET_BYTES = 2**22
 
 

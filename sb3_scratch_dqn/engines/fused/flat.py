@@ -20,7 +20,8 @@ from sb3_scratch_dqn.networks.policies import DQNPolicy
 # Averages of gradients below this are set to 0. With Adam's default decay of 0.9, 128 steps take an average from 1e-31
 # to 1e-37, still above the denormal numbers (below 1e-38) with which processors compute slowly
 _FLUSH_THRESHOLD = 1e-31
-# Steps of Adam between searches for such averages: a search takes a considerable part of the time of a step
+# Steps of Adam between searches for such averages: a search takes 0.3 to 0.4 of the time of a step (measured for 64 x
+# 64 and 256 x 256), so every 128 steps 0.3%
 _FLUSH_EVERY = 128
 
 # Settings of Adam that must be off

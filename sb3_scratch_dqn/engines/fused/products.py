@@ -18,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-# Multiplications up to which NumPy computes a product: beyond, the overhead of a call no longer matters. Up to there
-# OpenBLAS, which NumPy is usually built with, uses one thread, whatever number of threads the user sets
+# Multiplications up to which NumPy computes a product: beyond, the overhead of a call no longer matters. Measured,
+# NumPy takes 0.7 of PyTorch's time for 2**12 to 2**15, 0.9 to 1.0 for 2**17 to 2**22. Up to there OpenBLAS, which NumPy
+# is usually built with, uses one thread, whatever number of threads the user sets
 _NUMPY_MAX_MULTIPLICATIONS = 2**18
 
-# oneDNN is used where it takes at most this share of torch.mm's time. Two timings of the same product differ by some
-# percent, and a gain that small would make the choice depend on chance
+# oneDNN is used where it takes at most this share of torch.mm's time. Two timings of torch.mm itself differ by a factor
+# of up to 1.12 (measured), and a gain that small would make the choice depend on chance
 _ONEDNN_MAX_TIME_RATIO = 0.8
 
 Floats = npt.NDArray[np.float32]
