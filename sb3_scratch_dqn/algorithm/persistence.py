@@ -33,6 +33,7 @@ from sb3_scratch_dqn.common.files import (
     Path,
     check_saved_by,
     open_for_reading,
+    open_for_writing,
     read_model_settings,
     read_pickled_replay_buffer,
     read_spaces,
@@ -165,9 +166,12 @@ class PersistentAlgorithm(DQNBase):
         :param path: the file; ``.zip`` is added to a path without a suffix
         :param exclude: names of attributes to leave out; a loaded model has their defaults
         :param include: names of attributes to save that are left out by default
-        :raises ValueError: if ``exclude`` or ``include`` is not a list of names
+        :raises ValueError: if ``exclude`` or ``include`` is not a list of names, or ``path`` is not a path or a file
+        :raises OSError: if the file cannot be written; an existing file stays intact
         """
-        super().save(path, _names("exclude", exclude), _names("include", include))
+        excluded, included = _names("exclude", exclude), _names("include", include)
+        with open_for_writing(path, ".zip") as file:
+            super().save(file, excluded, included)  # type: ignore[arg-type]  # an object with write() suffices
 
     def save_replay_buffer(self, path: Path) -> None:
         """Save the replay buffer: a :class:`ScratchReplayBuffer` as arrays, one of another class as a pickle.

@@ -15,13 +15,14 @@ import secrets
 import stat
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import IO, Any
 
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import json_to_data, open_path
 
 from sb3_scratch_dqn.common.check_spaces import Space
+from sb3_scratch_dqn.common.checks import short_repr
 
 try:
     import fcntl
@@ -180,6 +181,23 @@ def atomic_write(path: str | pathlib.Path) -> Iterator[IO[bytes]]:
         _sync_folder(target.parent)
     except OSError as error:
         raise _name_path(path, error) from error
+
+
+def open_for_writing(path: Path, suffix: str) -> AbstractContextManager[IO[bytes]]:
+    """Open a file for writing, by :func:`atomic_write` if it is given by its path.
+
+    :param path: path of the file, or a binary file that is open for writing
+    :param suffix: added to a path without a suffix
+    :raises ValueError: for anything else
+    """
+    if isinstance(path, str | pathlib.Path):
+        file_path = pathlib.Path(path)
+        if not file_path.name:
+            raise ValueError(f"path={str(path)!r} must name a file")
+        return atomic_write(file_path if file_path.suffix else file_path.with_suffix(suffix))
+    if not hasattr(path, "write") or isinstance(path, io.TextIOBase):
+        raise ValueError(f"path={short_repr(path)} must be a path or an open binary file")
+    return nullcontext(path)  # type: ignore[arg-type]  # an object with write() suffices
 
 
 def remove_stale_temporary(path: pathlib.Path) -> None:

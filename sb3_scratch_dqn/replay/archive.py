@@ -5,12 +5,9 @@ one array each. It contains no pickles, so reading a file runs no code from it.
 """
 
 import hashlib
-import io
 import json
-import pathlib
 import zipfile
 import zlib
-from contextlib import AbstractContextManager, nullcontext
 from typing import IO, Any
 
 import numpy as np
@@ -18,8 +15,7 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_scratch_dqn.common.check_spaces import Space
-from sb3_scratch_dqn.common.checks import short_repr
-from sb3_scratch_dqn.common.files import Path, atomic_write
+from sb3_scratch_dqn.common.files import Path, open_for_writing
 from sb3_scratch_dqn.replay.buffer import ScratchReplayBuffer
 from sb3_scratch_dqn.replay.frame_layout import Stacking
 from sb3_scratch_dqn.replay.frames import StackedFrames
@@ -64,7 +60,7 @@ def write_replay_buffer(buffer: ScratchReplayBuffer, path: Path) -> None:
     if isinstance(buffer.sampler, PrioritizedSampler):
         header["sampler"] = buffer.sampler.settings()
         arrays["priorities"] = buffer.sampler.tree.values[: buffer.used_rows * buffer.n_envs]
-    with _open_for_writing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with open_for_writing(path, SUFFIX) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(_HEADER, json.dumps(header, indent=1, default=_to_python))
         for name, array in arrays.items():
             with archive.open(name + _ARRAY_SUFFIX, "w", force_zip64=True) as member:
@@ -164,17 +160,6 @@ def _read(file: IO[bytes], label: str) -> tuple[dict[str, Any], dict[str, Array]
             f"{label} has version {header.get('version')!r} of the format, but this package reads version {_VERSION}"
         )
     return header, arrays
-
-
-def _open_for_writing(path: Path) -> AbstractContextManager[IO[bytes]]:
-    if isinstance(path, str | pathlib.Path):
-        file_path = pathlib.Path(path)
-        if not file_path.name:
-            raise ValueError(f"path={str(path)!r} must name a file")
-        return atomic_write(file_path if file_path.suffix else file_path.with_suffix(SUFFIX))
-    if not hasattr(path, "write") or isinstance(path, io.TextIOBase):
-        raise ValueError(f"path={short_repr(path)} must be a path or an open binary file")
-    return nullcontext(path)  # type: ignore[arg-type]  # an object with write() suffices
 
 
 def describe_space(space: Space) -> dict[str, Any]:

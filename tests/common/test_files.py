@@ -15,8 +15,9 @@ from pathlib import Path
 
 import gymnasium as gym
 import pytest
+from helpers import TimeoutEnv
 
-from sb3_scratch_dqn import ScratchReplayBuffer
+from sb3_scratch_dqn import ScratchDQN, ScratchReplayBuffer
 from sb3_scratch_dqn.bench.run import grid
 from sb3_scratch_dqn.common import files
 from sb3_scratch_dqn.replay.archive import write_replay_buffer
@@ -24,9 +25,11 @@ from sb3_scratch_dqn.replay.archive import write_replay_buffer
 BUFFER = ScratchReplayBuffer(10, gym.spaces.Discrete(3), gym.spaces.Discrete(2))
 
 
-@pytest.fixture(params=["a replay buffer", "a result"])
+@pytest.fixture(params=["a replay buffer", "a result", "a model"])
 def save(request):
-    """A function that writes a file of some hundred bytes to a path."""
+    """A function that writes a file of some hundred bytes, or of some thousand for a model, to a path."""
+    if request.param == "a model":
+        return ScratchDQN("MlpPolicy", TimeoutEnv(), policy_kwargs={"net_arch": [2]}).save
     if request.param == "a replay buffer":
         return lambda path: write_replay_buffer(BUFFER, path)
     return lambda path: grid.write_result({"curve": [0.5] * 100}, Path(path))
