@@ -203,8 +203,10 @@ class ScratchDQN(LearningAlgorithm):
 
     def _setup_model(self) -> None:
         check_settings(self)
-        if self._env_steps == 0:  # files of older versions do not have it
+        # Files of older versions do not have the first, and have another name for the second
+        if self._env_steps == 0:
             self._env_steps = self._n_calls * self.n_envs
+        self._mid_step = vars(self).pop("_in_step", self._mid_step)
 
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -228,7 +230,6 @@ class ScratchDQN(LearningAlgorithm):
 
     def _make_derived(self) -> None:
         self._stats_window_size = self.stats_window_size
-        self._setup_lr_schedule()
         self.batch_norm_stats = get_parameters_by_name(self.q_net, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.q_net_target, ["running_"])
         self._make_epsilon_schedule()

@@ -146,7 +146,6 @@ class PersistentAlgorithm(DQNBase):
             verbose = saved.get("verbose", 0)
             env = cls._wrap_env(maybe_make_env(env, verbose), verbose)
             check_same_spaces("env", env, *read_spaces(saved, custom_objects))
-        custom_objects = {**_objects_of_moved_modules(saved), **(custom_objects or {})}
         unknown = sorted(kwargs.keys() - saved.keys() - signature(cls).parameters.keys())
         if unknown:
             raise ValueError(f"{unknown[0]}={kwargs[unknown[0]]!r} is not a setting of {cls.__name__}")
@@ -155,6 +154,8 @@ class PersistentAlgorithm(DQNBase):
         missing = {name: value for name, value in _READ_FIRST.items() if name not in saved}
         source = _with_settings(path, missing) if missing else path
         try:
+            replaced = custom_objects or {}
+            custom_objects = {**_objects_of_moved_modules(saved, replaced), **replaced}
             return super().load(source, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         except (pickle.UnpicklingError, KeyError) as error:
             reason = str(error).splitlines()[0]
@@ -301,6 +302,10 @@ _MOVED_MODULES = {
     "sb3_scratch_dqn.policies": "sb3_scratch_dqn.networks.policies",
     "sb3_scratch_dqn.noisy": "sb3_scratch_dqn.networks.noisy",
     "sb3_scratch_dqn.heads": "sb3_scratch_dqn.values.heads",
+    "sb3_scratch_dqn.masks": "sb3_scratch_dqn.values.masks",
+    "sb3_scratch_dqn.td": "sb3_scratch_dqn.values.td",
+    "sb3_scratch_dqn.dqn": "sb3_scratch_dqn.algorithm.dqn",
+    "sb3_scratch_dqn.exploration": "sb3_scratch_dqn.algorithm.exploration",
 }
 
 
@@ -309,11 +314,15 @@ class _MovedModulesUnpickler(pickle.Unpickler):
         return super().find_class(_MOVED_MODULES.get(module, module), name)
 
 
-def _objects_of_moved_modules(saved: dict[str, Any]) -> dict[str, Any]:
-    """Unpickle those attributes in a model file that refer to modules by their old names."""
+def _objects_of_moved_modules(saved: dict[str, Any], replaced: Mapping[str, Any]) -> dict[str, Any]:
+    """Unpickle those attributes in a model file that refer to modules by their old names.
+
+    :param saved: the attributes as JSON
+    :param replaced: attributes to leave out, by name
+    """
     objects = {}
     for name, value in saved.items():
-        if isinstance(value, dict) and ":serialized:" in value:
+        if isinstance(value, dict) and ":serialized:" in value and name not in replaced:
             pickled = base64.b64decode(value[":serialized:"])
             if any(module.encode() in pickled for module in _MOVED_MODULES):
                 objects[name] = _MovedModulesUnpickler(io.BytesIO(pickled)).load()

@@ -7,7 +7,7 @@ group          what it holds                                         saved    pi
 ``PROGRESS``   counters, statistics, last observation                yes      yes      the file
 ``CONTENT``    parameters, optimiser state, transitions              apart    yes      ``set_parameters()``,
                                                                                        ``load_replay_buffer()``
-``RESOURCES``  environments, device, logger                          no       yes      arguments of ``load()``
+``RESOURCES``  environments, device, logger, monitors                no       yes      arguments of ``load()``
 ``DERIVED``    functions of the above                                no       no       ``_make_derived()``
 ``TRANSIENT``  what a call of ``learn()`` needs                      no       no       ``learn()``
 ============== ===================================================== ======== ======== ================================
@@ -26,6 +26,7 @@ SETTINGS = (
     "observation_space",
     "action_space",
     "n_envs",
+    "lr_schedule",  # built from learning_rate, unless the user assigned another one
     # Arguments of OffPolicyAlgorithm that ScratchDQN does not offer
     "action_noise",
     "use_sde",
@@ -56,10 +57,9 @@ PROGRESS = (
 
 CONTENT = ("policy", "replay_buffer")
 
-RESOURCES = ("env", "_vec_normalize_env", "device", "_logger", "_custom_logger")
+RESOURCES = ("env", "_vec_normalize_env", "device", "_logger", "_custom_logger", "_support_monitor")
 
 DERIVED = (
-    "lr_schedule",
     "_stats_window_size",
     "_epsilon_schedule",
     "_epsilon_schedule_source",
@@ -77,7 +77,6 @@ TRANSIENT = (
     "_fast_actor",
     "_adds_directly",
     "_engine_checked",
-    "_support_monitor",
     "_interrupts",
 )
 

@@ -101,8 +101,8 @@ class DuelingStreams(nn.Module):
         self.value = stream(n_outputs)
         self.advantage = stream(n_actions * n_outputs)
 
-    def forward(self, x: Float[Tensor, "B inputs"]) -> Float[Tensor, "B outputs"]:
-        """Return the outputs of all actions, concatenated to ``A * K`` columns."""
+    def forward(self, x: Tensor) -> Tensor:  # torch.jit.script knows no other annotations
+        """Return the outputs of all actions, concatenated: ``(B, n_inputs)`` to ``(B, A * K)``."""
         advantage = self.advantage(x).view(-1, *self.shape)
         value = self.value(x).unsqueeze(1)
         outputs: Tensor = (value + advantage - advantage.mean(dim=1, keepdim=True)).flatten(1)

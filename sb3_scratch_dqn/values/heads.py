@@ -175,7 +175,10 @@ class CategoricalHead:
             raise ValueError(f"v_min={v_min!r} and v_max={v_max!r} are too close for {n_atoms} atoms in float32")
         self.n_outputs = int(n_atoms)
         self.v_min, self.v_max = float(v_min), float(v_max)
-        self._atoms = Constant(partial(evenly_spaced, self.v_min, self.v_max, self.n_outputs))
+        self._atoms = Constant(self._make_atoms)
+
+    def _make_atoms(self, like: Tensor) -> Float[Tensor, "K"]:
+        return evenly_spaced(self.v_min, self.v_max, self.n_outputs, like)
 
     def q_values(self, outputs: Float[Tensor, "B A K"]) -> Float[Tensor, "B A"]:
         r"""Return :math:`\sum_i p_i z_i`."""

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 import zipfile
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +13,7 @@ from helpers import MaskedEnv, TimeoutEnv, assert_equal, normalized
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_scratch_dqn import ScratchDQN
+from sb3_scratch_dqn.algorithm import dqn as algorithm_module
 from sb3_scratch_dqn.algorithm import state
 
 FILES = Path(__file__).parent / "files"
@@ -95,3 +97,50 @@ def test_a_model_saved_when_policies_were_in_another_module_is_loaded():
     observation = np.array([[0.1, -0.2, 0.03, 0.4]], dtype=np.float32)
     np.testing.assert_allclose(model.q_values(observation), [[-0.49344733, -0.07346073]], rtol=1e-5)
     model.learn(40, reset_num_timesteps=False)
+
+
+def test_a_model_saved_in_the_middle_of_a_step_when_that_had_another_name_resets_the_environments(tmp_path):
+    model = MODELS["default"]().learn(60)
+    vars(model)["_in_step"] = True
+    model.save(tmp_path / "model.zip")
+    loaded = ScratchDQN.load(tmp_path / "model.zip", env=TimeoutEnv(), force_reset=False)
+    assert loaded._mid_step
+    assert "_in_step" not in vars(loaded)
+    assert loaded._last_obs is not None
+    loaded.learn(1, reset_num_timesteps=False)
+    assert not loaded._mid_step
+
+
+def test_a_learning_rate_schedule_that_was_assigned_is_copied():
+    model = MODELS["default"]().learn(60)
+    model.lr_schedule = lambda _: 5e-3
+    for copied in (deepcopy(model), deepcopy(deepcopy(model))):
+        copied.learn(60, reset_num_timesteps=False)
+        assert copied.policy.optimizer.param_groups[0]["lr"] == 5e-3
+
+
+def test_the_schedule_is_built_once_and_a_subclass_may_replace_it():
+    class WithSchedule(ScratchDQN):
+        built = 0
+
+        def _setup_lr_schedule(self):
+            super()._setup_lr_schedule()
+            self.built += 1
+
+        def _create_aliases(self):
+            self.lr_schedule = lambda _: 0.007
+
+    model = WithSchedule("MlpPolicy", TimeoutEnv(), **SMALL).learn(60)
+    assert model.built == 1
+    assert model.policy.optimizer.param_groups[0]["lr"] == 0.007
+
+
+def test_modules_by_their_old_names_are_found_in_what_was_pickled_and_custom_objects_come_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(ScratchDQN, "__module__", "sb3_scratch_dqn.dqn")
+    monkeypatch.setitem(sys.modules, "sb3_scratch_dqn.dqn", algorithm_module)
+    model = MODELS["default"]()
+    model.favourite = ScratchDQN  # pickled by its module and name
+    model.save(tmp_path / "model.zip")
+    monkeypatch.undo()
+    assert ScratchDQN.load(tmp_path / "model.zip").favourite is ScratchDQN
+    assert ScratchDQN.load(tmp_path / "model.zip", custom_objects={"favourite": 1}).favourite == 1

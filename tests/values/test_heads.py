@@ -10,7 +10,7 @@ from sb3_contrib.common.utils import quantile_huber_loss
 
 from sb3_scratch_dqn import ScratchDQN
 from sb3_scratch_dqn.replay.batch import Batch
-from sb3_scratch_dqn.values.heads import Constant, ImplicitQuantiles, make_head, midpoints
+from sb3_scratch_dqn.values.heads import CategoricalHead, Constant, ImplicitQuantiles, make_head, midpoints
 from sb3_scratch_dqn.values.losses import LOSSES
 from sb3_scratch_dqn.values.td import make_target, td_losses
 
@@ -254,3 +254,9 @@ def test_the_quantile_head_equals_qrdqn():
 def test_wrong_heads_and_arguments_raise(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         ScratchDQN("MlpPolicy", "CartPole-v1", policy_kwargs={"head": name, "head_kwargs": kwargs})
+
+
+def test_atoms_follow_a_support_that_was_changed_before_their_first_use():
+    head = CategoricalHead(3, -1.0, 1.0)
+    head.v_max = 3.0
+    assert head.q_values(th.tensor([[[-1e9, -1e9, 0.0]]])).item() == 3.0
