@@ -54,6 +54,8 @@ class SupportMonitor:
         for reward in reversed(rewards):
             value = reward + gamma * value
             lowest, highest = min(lowest, value), max(highest, value)
+        if not math.isfinite(lowest + highest):  # no support contains these returns
+            return
         self._lowest, self._highest = min(self._lowest, lowest), max(self._highest, highest)
         self._lowest_reward = min(self._lowest_reward, *rewards)
         self._highest_reward = max(self._highest_reward, *rewards)

@@ -122,3 +122,10 @@ def test_the_monitor_is_not_saved_with_a_model(tmp_path):
 )
 def test_numbers_are_rounded_down_to_two_digits(value, rounded):
     assert _round_down(value) == pytest.approx(rounded)
+
+
+@pytest.mark.parametrize("reward", [np.inf, -np.inf, np.nan])
+def test_episodes_with_returns_that_are_not_finite_are_ignored(reward):
+    monitor = SupportMonitor(CategoricalHead(v_min=0.0, v_max=1.0), n_envs=1)
+    for _ in range(20):  # warnings are errors
+        monitor.step(np.array([reward]), np.array([True]), 0.9)
