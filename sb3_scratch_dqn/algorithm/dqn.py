@@ -203,10 +203,9 @@ class ScratchDQN(LearningAlgorithm):
 
     def _setup_model(self) -> None:
         check_settings(self)
-        # Files of older versions do not have the first, and have another name for the second
-        if self._env_steps == 0:
+        if self._env_steps == 0:  # older files do not have it
             self._env_steps = self._n_calls * self.n_envs
-        self._mid_step = vars(self).pop("_in_step", self._mid_step)
+        self._mid_step = vars(self).pop("_in_step", self._mid_step)  # its name in older files
 
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)

@@ -5,6 +5,7 @@ calls of PyTorch and repeats them on the same memory, without Python, as CUDA gr
 """
 
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from cuda_cases import (
 from helpers import TimeoutEnv, assert_equal, normalized
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
+from switching import learned_by_turns
 
 from sb3_scratch_dqn import ScratchDQN
 from sb3_scratch_dqn.engines import choose
@@ -122,18 +124,7 @@ def test_graph_sizes_add_up_to_any_number_of_updates(n_updates):
 @pytest.mark.parametrize("name", ["defaults", "rainbow"])
 def test_engines_can_be_switched_and_models_saved_and_loaded_during_training(name, tmp_path):
     def learn(engines):
-        model = make(name, engines[0]).learn(100)
-        model.engine = engines[1]
-        model.learn(60, reset_num_timesteps=False)
-        assert model._engine.name == engines[1]
-        model.save(tmp_path / "model.zip")
-        model.save_replay_buffer(tmp_path / "replay")
-        loaded = ScratchDQN.load(tmp_path / "model.zip", env=CASES[name][0](), engine=engines[2])
-        assert_equal(model.get_parameters(), loaded.get_parameters())
-        loaded.load_replay_buffer(tmp_path / "replay")
-        loaded.learn(60, reset_num_timesteps=False)
-        assert loaded._engine.name == engines[2]
-        return loaded
+        return learned_by_turns(partial(make, name), CASES[name][0], engines, tmp_path)
 
     whole = learn(["eager", "eager", "eager"])
     assert_close(whole, learn(["cuda_graph", "eager", "cuda_graph"]), bound=1e-4)

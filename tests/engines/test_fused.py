@@ -2,6 +2,7 @@
 
 import pickle
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch as th
 from cuda_cases import assert_close, distance
 from fused_cases import CASES, SETTINGS, LargerImageEnv, make
 from helpers import DictEnv, TimeoutEnv, assert_equal
+from switching import learned_by_turns
 from torch import nn
 
 from sb3_scratch_dqn import DQNPolicy, ScratchDQN
@@ -57,18 +59,7 @@ def test_the_same_random_numbers_are_drawn(name):
 @pytest.mark.parametrize("name", ["defaults", "rainbow"])
 def test_engines_can_be_switched_and_models_saved_and_loaded_during_training(name, tmp_path):
     def learn(engines):
-        model = make(name, engines[0]).learn(100)
-        model.engine = engines[1]
-        model.learn(60, reset_num_timesteps=False)
-        assert model._engine.name == engines[1]
-        model.save(tmp_path / "model.zip")
-        model.save_replay_buffer(tmp_path / "replay")
-        loaded = ScratchDQN.load(tmp_path / "model.zip", env=TimeoutEnv(), engine=engines[2])
-        assert_equal(model.get_parameters(), loaded.get_parameters())
-        loaded.load_replay_buffer(tmp_path / "replay")
-        loaded.learn(60, reset_num_timesteps=False)
-        assert loaded._engine.name == engines[2]
-        return loaded
+        return learned_by_turns(partial(make, name), TimeoutEnv, engines, tmp_path)
 
     whole = learn(["eager", "eager", "eager"])
     assert_close(whole, learn(["fused", "eager", "fused"]), bound=1e-4)

@@ -41,7 +41,7 @@ _ONE = np.float32(1)
 
 # Elements up to which NumPy computes ReLU and its gradient: its calls have less overhead than PyTorch's, whose loops
 # over the elements are faster. Measured, NumPy takes 0.7 of PyTorch's time for 2,048 elements, 0.9 for 4,096 and 1.1
-# for 8,192 (this and the other figures of the fused engine: one thread of an AMD EPYC, Zen 3)
+# for 8,192 (benchmarks/engine_thresholds.py, one thread of an AMD EPYC, Zen 3, as all figures in engines)
 _NUMPY_RELU_MAX_SIZE = 4096
 
 # Rows up to which noise is added to the outputs of a layer, with a second product of that many rows, instead of to its

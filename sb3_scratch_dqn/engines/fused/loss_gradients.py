@@ -118,17 +118,11 @@ class _ExpectedLossGradient:
     :param online: online network
     :param target: target network
     :param preprocess: turns observations into inputs of the first layer
-    :param head: unused
     :param objective: what the network learns
     """
 
     def __init__(
-        self,
-        online: DenseNetwork,
-        target: DenseNetwork,
-        preprocess: Preprocessor,
-        head: ValueHead,
-        objective: Objective,
+        self, online: DenseNetwork, target: DenseNetwork, preprocess: Preprocessor, objective: Objective
     ) -> None:
         self._online, self._target, self._preprocess = online, target, preprocess
         self._derivative, self._loss = _DERIVATIVES_AND_LOSSES[objective.loss]
@@ -220,7 +214,7 @@ class _NetworkForTargets:
 
 
 class _AutogradLossGradient:
-    """Gradients of the loss by autograd, for any target and head; parameters as in :class:`_ExpectedLossGradient`."""
+    """Gradients of the loss by autograd, for any target and head; parameters as in :func:`make_loss_gradient`."""
 
     def __init__(
         self,
@@ -284,6 +278,6 @@ def make_loss_gradient(
     :param objective: what the network learns
     """
     is_greedy_expected = type(head) is ExpectedHead and objective.munchausen is None
-    hand_derived = is_greedy_expected and objective.loss in _DERIVATIVES_AND_LOSSES
-    loss_gradient_class = _ExpectedLossGradient if hand_derived else _AutogradLossGradient
-    return loss_gradient_class(online, target, preprocess, head, objective)
+    if is_greedy_expected and objective.loss in _DERIVATIVES_AND_LOSSES:
+        return _ExpectedLossGradient(online, target, preprocess, objective)
+    return _AutogradLossGradient(online, target, preprocess, head, objective)
