@@ -39,7 +39,7 @@ def start_test():
 def check(function):
     """Check the annotations of a function that name shapes.
 
-    Other annotations are ignored: for wrong arguments of users, functions raise a ValueError with their own message.
+    Other annotations are ignored: for invalid arguments, functions raise a ValueError with their own message.
     """
     function.__annotations__ = {key: hint for key, hint in function.__annotations__.items() if _names_shape(hint)}
     if not function.__annotations__:

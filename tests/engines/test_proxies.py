@@ -18,7 +18,7 @@ SETTINGS = {"learning_starts": 20, "batch_size": 8, "buffer_size": 500, "seed": 
 
 
 class Proxy:
-    """Forwards attributes that it does not have, as wrappers of users do."""
+    """Forwards attributes that it does not have, as user-defined wrappers do."""
 
     def __init__(self, inner):
         self.__dict__["inner"] = inner

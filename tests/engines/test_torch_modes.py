@@ -12,7 +12,7 @@ from stable_baselines3 import DQN
 from sb3_scratch_dqn import ScratchDQN
 
 
-def test_diverging_training_is_silent_and_code_of_users_is_not():
+def test_diverging_training_is_silent_and_user_code_is_not():
     with np.errstate(all="raise"):
         make("defaults", "fused", learning_rate=1e30).learn(80)
         model = make("defaults", "fused").learn(60)
